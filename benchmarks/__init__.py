@@ -1,0 +1,1 @@
+"""Benchmarks of dropbp_fx: ``python -m benchmarks --help``."""

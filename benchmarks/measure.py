@@ -1,0 +1,88 @@
+"""Measure one contestant in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.models import SHAPES, Llama
+
+
+def measure(name: str, shape_name: str, rates: list[float], *, steps: int, warmup: int, device: str) -> dict[str, Any]:
+    """Train a few steps at each rate; the first rate's first step includes compiling.
+
+    Returns:
+        For each rate the median step in milliseconds (forward, backward, AdamW), the median time the host was busy
+        issuing it, and the peak of memory in GiB above what was held before the step; and the first step in seconds.
+    """
+    shape = SHAPES[shape_name]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    result: dict[str, Any] = {"contestant": name, "shape": shape_name, "rates": {}}
+    for rate in rates:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        gc.collect()
+        with torch.device(device):
+            model = Llama(shape).to(dtype)
+        loss = CONTESTANTS[name](model, rate)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
+        batches = [
+            torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device) for _ in range(4)
+        ]
+        trains = name != "forward only"
+
+        def step(index: int) -> None:
+            value = loss(batches[index % len(batches)])
+            if trains:
+                value.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        started = time.perf_counter()
+        step(0)
+        _synchronize(device)
+        first = time.perf_counter() - started
+        for index in range(warmup):
+            step(index)
+        _synchronize(device)
+        seconds, host, peaks = [], [], []
+        for index in range(steps):
+            held = _reset_peak(device)
+            _synchronize(device)
+            started = time.perf_counter()
+            step(index)
+            host.append(time.perf_counter() - started)
+            _synchronize(device)
+            seconds.append(time.perf_counter() - started)
+            peaks.append(_peak(device) - held)
+        result["rates"][str(rate)] = {
+            "first_step_s": round(first, 2),
+            "step_ms": round(1e3 * statistics.median(seconds), 3),
+            "step_ms_mean": round(1e3 * statistics.mean(seconds), 3),
+            "host_ms": round(1e3 * statistics.median(host), 3),
+            "activation_gib": round(statistics.median(peaks) / 2**30, 3),
+        }
+        del model, optimizer, loss, trainable, step
+    return result
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> int:
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0

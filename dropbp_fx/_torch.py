@@ -1,0 +1,210 @@
+"""Every private PyTorch hook this package cannot avoid, gathered in one file.
+
+Checked on torch 2.11, 2.13 and 2.15. When a new release breaks something, the break is here: the rest of the package
+uses public APIs and the functions below.
+
+| hook | why it is needed |
+| --- | --- |
+| ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
+| ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
+| ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+#: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
+Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+#: A rewrite of a joint forward/backward graph, in place.
+JointPass = Callable[[fx.Graph], None]
+
+
+@contextlib.contextmanager
+def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
+    """Give one region its own tracing context: AOTAutograd writes per-graph metadata into the current one, and a
+    variant compiled after Dynamo has returned has none."""
+    from torch._guards import TracingContext, tracing
+
+    with tracing(TracingContext(fake_mode)):
+        yield
+
+
+def fake_mode_of(values: Iterable[Any]) -> Any:
+    """The fake tensor mode that Dynamo traced ``values`` in.
+
+    Not the tracing context's: Dynamo gives backends a new one, for backends that make fake tensors of their own.
+    """
+    from torch._subclasses import FakeTensor
+
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+        if isinstance(value, torch.Tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            return fake_mode_of([getattr(value, name) for name in names])
+    return None
+
+
+def joint_graph_pass(rewrite: JointPass, cache_key: str) -> Any:
+    """Wrap ``rewrite`` as an Inductor pass whose ``uuid`` keeps the on-disk caches from mixing variants up."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class JointGraphPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            rewrite(graph)
+
+        def uuid(self) -> str:
+            return cache_key
+
+    return JointGraphPass()
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any],
+    joint_pass: JointPass | None,
+    cache_key: str,
+) -> Callable[..., Any]:
+    """Compile ``gm`` (which must return a tuple) with TorchInductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(options)
+    if joint_pass is not None:
+        patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+def compile_with_aot_autograd(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    forward: Compiler,
+    backward: Compiler,
+    joint_pass: JointPass | None,
+) -> Callable[..., Any]:
+    """Compile ``gm`` with AOTAutograd and a pair of compilers for its forward and its backward graph."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+            joint.recompile()
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    backend = aot_autograd(
+        fw_compiler=forward, bw_compiler=backward, partition_fn=partition, keep_inference_input_mutations=True
+    )
+    return backend(gm, list(inputs))
+
+
+def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The inner compiler of ``inner="aot_eager"``: run the traced graph as it is, freeing inputs as it goes."""
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    return boxed_nop(gm, list(inputs))
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Names that ``torch.compile(options=...)`` accepts for Inductor."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor options that ``torch.compile(mode=...)`` stands for."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleState:
+    """A module that Dynamo reached by ``expression`` from the compiled frame's locals or globals."""
+
+    expression: str
+    training: bool
+
+
+def _source_name(source: Any) -> str:
+    name = source.name
+    return name() if callable(name) else name  # a method up to torch 2.11, a property since
+
+
+def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
+    """Tell for each parameter or buffer whether the outermost module it was reached through is in training mode.
+
+    Dynamo guards on ``module.training`` only where the traced code reads it. A graph that never did would go on
+    dropping after ``model.eval()``; so a guard on that flag is installed here for each outermost module, and flipping it
+    makes Dynamo compile again, as it does for a model with dropout. Placeholders that belong to no module are left out.
+
+    Must be called while Dynamo is compiling (inside a backend); elsewhere it returns an empty mapping.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import TracingContext
+
+    if TracingContext.try_get() is None:
+        return {}
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # thread-local not set: not inside Dynamo
+        return {}
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    module_of: dict[str, torch.nn.Module | None] = {}
+
+    def evaluate(name: str) -> torch.nn.Module | None:
+        if name not in module_of:
+            try:
+                value = eval(name, scope)  # noqa: S307 - Dynamo's own expression for an object of the user's frame
+            except Exception:  # an expression that only Dynamo's guards can evaluate
+                value = None
+            module_of[name] = value if isinstance(value, torch.nn.Module) else None
+        return module_of[name]
+
+    guarded: set[str] = set()
+    training: dict[fx.Node, bool] = {}
+    for node in placeholders:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        outermost: tuple[Any, torch.nn.Module] | None = None
+        while source is not None:
+            module = evaluate(_source_name(source))
+            if module is not None:
+                outermost = (source, module)
+            source = getattr(source, "base", None)
+        if outermost is None:
+            continue
+        source, module = outermost
+        name = _source_name(source)
+        if name not in guarded:
+            guarded.add(name)
+            install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
+        training[node] = module.training
+    return training
+
+
+def checkpoint_operator() -> Any:
+    """The higher-order operator Dynamo puts around a layer under activation checkpointing."""
+    return torch.ops.higher_order.tag_activation_checkpoint
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what compiled code looks like."""
+    found = {"torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        with contextlib.suppress(ImportError):
+            found[name] = importlib.import_module(name).__version__
+    return found

@@ -1,0 +1,389 @@
+"""What ``torch.compile`` calls. The rooms of the package are wired together here; the logic is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropbp_fx import _torch
+from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_rate
+from dropbp_fx.graph.branches import (
+    ResidualBranch,
+    does_work,
+    example_value,
+    find_branches,
+    normalise_inplace_adds,
+)
+from dropbp_fx.graph.naming import name_branches
+from dropbp_fx.graph.regions import insert_gates, split_into_regions
+from dropbp_fx.graph.structure import structural_key
+from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
+from dropbp_fx.runtime.dispatch import RegionRunner
+from dropbp_fx.runtime.variants import RegionVariants
+
+log = logging.getLogger("dropbp_fx")
+
+
+class NoResidualBranchWarning(UserWarning):
+    """A training graph has no residual branch, so nothing in it will be dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendStats:
+    """Figures of a backend so far.
+
+    Attributes:
+        forwards: training forwards, evaluation not counted.
+        realised_rate: share of droppable (branch, forward) pairs that was dropped.
+        attainable_rate: what the rates come to when one trainable branch (layer) is always kept.
+        graphs: graphs that Dynamo compiled, training and evaluation.
+        unique_regions: regions with a structure of their own; equal layers count once.
+        compiled_variants: compiled variants of regions.
+        compile_seconds: time spent in the inner compiler.
+    """
+
+    forwards: int
+    realised_rate: float
+    attainable_rate: float
+    graphs: int
+    unique_regions: int
+    compiled_variants: int
+    compile_seconds: float
+
+
+@dataclasses.dataclass
+class _State:
+    """What a backend and its deep copies share: its policy and the code it has compiled."""
+
+    schedule: Schedule
+    counts: CompileCounts
+    variants: dict[Hashable, RegionVariants]
+    runners: list[RegionRunner]
+
+    @classmethod
+    def of(cls, config: BackendConfig) -> _State:
+        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [])
+
+
+class DropBPBackend:
+    """A ``torch.compile`` backend that drops residual branches in the backward pass. Made by :func:`dropbp_backend`.
+
+    One backend may serve several models and graphs: branches of equal names count as one. Deep copies share the
+    original's policy and compiled code (a library that copies the backend must not part it from the handle its user
+    holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
+    """
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._state = _State.of(config)
+        self.__name__ = "dropbp"
+
+    # ---- torch.compile ---------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph from Dynamo. ``options`` and ``mode`` are ``torch.compile``'s, for Inductor."""
+        inductor = dict(self._config.options)
+        if mode is not None and mode != "default":
+            inductor.update(_torch.inductor_mode_options(mode))
+        inductor.update(checked_inductor_options(options, self._config.inner))
+        compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        compiler.counts.graphs += 1
+        normalise_inplace_adds(gm)
+        search = find_branches(gm)
+        for rejected in search.rejected:
+            log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
+        met, droppable = self._meet(gm, search.branches)
+        self._report_absence(gm, search.branches)
+        if not droppable:
+            return compiler.whole(gm, example_inputs)
+        branches = [search.branches[position] for position in droppable]
+        indices = [met[position].index for position in droppable]
+        return self._compile_regions(gm, branches, indices, compiler)
+
+    def reset(self) -> None:
+        """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""
+        self._state.variants.clear()
+        self._state.runners.clear()
+
+    def _meet(
+        self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]
+    ) -> tuple[list[Branch], list[int]]:
+        """Enter the graph's branches into the table; tell which of them this graph may drop."""
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        training_mode = _torch.guard_training_mode(placeholders)
+        met: list[Branch] = []
+        droppable: list[int] = []
+        for position, (branch, name) in enumerate(zip(branches, name_branches(branches), strict=True)):
+            parameters = _parameters_of(branch)
+            modes = {training_mode[node] for node in parameters if node in training_mode}
+            value = example_value(branch.output)
+            drops = torch.is_grad_enabled() and value.requires_grad and modes != {False}
+            trainable = any(example_value(node).requires_grad for node in parameters)
+            met.append(self._state.schedule.meet(name.name, name.layer, trainable=trainable, droppable=drops))
+            if drops:
+                droppable.append(position)
+            log.info("residual branch %s in layer %s%s", name.name, name.layer, "" if drops else " (never dropped here)")
+        return met, droppable
+
+    def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
+        trains = torch.is_grad_enabled() and any(
+            isinstance(example_value(node), torch.Tensor) and example_value(node).requires_grad
+            for node in gm.graph.nodes
+            if node.op == "placeholder"
+        )
+        if branches or len(self._state.schedule.branches) or not trains:
+            return
+        if not any(does_work(node) for node in gm.graph.nodes):
+            return  # a piece of a model before a graph break, such as its embedding
+        message = (
+            "No residual branch was found in this graph: there is no add x + h of two equally shaped activations where "
+            "h is computed from x by a matrix product, convolution or attention. Nothing will be dropped in it. "
+            "logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
+        )
+        if self._config.strict:
+            raise ValueError(message)
+        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+
+    def _compile_regions(
+        self,
+        gm: fx.GraphModule,
+        branches: Sequence[ResidualBranch],
+        indices: Sequence[int],
+        compiler: Compiler,
+    ) -> RegionRunner:
+        program = split_into_regions(gm, branches, insert_gates(branches))
+        fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
+        dynamic = any(
+            isinstance(size, torch.SymInt)
+            for region in program.regions
+            for value in region.examples
+            for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+        )
+        variants: list[RegionVariants] = []
+        for region in program.regions:
+            key = (
+                structural_key(region.gm, region.examples, region.streams),
+                region.streams,
+                tuple(sorted(compiler.options.items(), key=str)).__repr__(),
+                id(fake_mode) if dynamic else None,  # symbols mean something within one trace only
+            )
+            if key not in self._state.variants:
+                self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
+            variants.append(self._state.variants[key])
+        schedule = self._state.schedule
+
+        def draw() -> frozenset[int]:
+            dropped = schedule.draw(indices)
+            return frozenset(position for position, index in enumerate(indices) if index in dropped)
+
+        runner = RegionRunner(program, variants, draw)
+        self._state.runners.append(runner)
+        if dynamic:
+            runner.warmup()  # while Dynamo still collects guards on the symbols
+        return runner
+
+    # ---- the user's handle -----------------------------------------------------------------------------------------
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The residual branches met so far, in execution order; empty before the first forward."""
+        return tuple(self._state.schedule.branches)
+
+    @property
+    def rate(self) -> float:
+        """The drop rate of every branch, in [0, 1). Setting it takes effect at the next forward, without recompiling.
+
+        Raises:
+            TypeError, ValueError: when set to something that is no rate.
+        """
+        return self._state.schedule.rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._state.schedule.rate = checked_rate(rate)
+
+    def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
+        """Forwards within the block, in this thread, drop exactly these branches, given by index or name.
+
+        Raises:
+            IndexError, KeyError, TypeError: the model has no such branch.
+            ValueError: everything trainable would be dropped.
+        """
+        if isinstance(dropped, (str, int, Branch)):
+            raise TypeError(f"pinned() takes a list of branches; for one branch pass [{dropped!r}].")
+        return self._state.schedule.override(dropped)
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Forwards within the block, in this thread, compute exact full gradients."""
+        return self._state.schedule.override(())
+
+    def warmup(self) -> None:
+        """Compile every variant now that steps of a run will need, rather than when each is first drawn."""
+        for runner in self._state.runners:
+            runner.warmup()
+
+    @property
+    def stats(self) -> BackendStats:
+        """Figures so far."""
+        schedule, counts = self._state.schedule, self._state.counts
+        return BackendStats(
+            forwards=schedule.forwards,
+            realised_rate=schedule.realised_rate(),
+            attainable_rate=schedule.attainable_rate(),
+            graphs=counts.graphs,
+            unique_regions=counts.regions,
+            compiled_variants=counts.variants,
+            compile_seconds=counts.seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The policy's state in plain Python types: a run resumed from it draws the patterns the old one would have."""
+        return self._state.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Go on where ``state_dict()`` was taken.
+
+        Raises:
+            ValueError: the state does not fit this backend or its model. If the model has not run yet, its branches are
+                compared as its graphs are compiled.
+        """
+        self._state.schedule.load_state_dict(state, strict=strict)
+
+    # ---- identity --------------------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        """Equal if either would do for the other: same state, or same configuration and neither has met a graph.
+
+        Dynamo reuses compiled code for a backend that equals the one it was compiled with. Were two used backends of
+        one configuration equal, the second model would silently follow the first one's rates and pins.
+        """
+        if not isinstance(other, DropBPBackend):
+            return NotImplemented
+        if self._state is other._state:
+            return True
+        return self._config == other._config and not self._is_used() and not other._is_used()
+
+    def __hash__(self) -> int:
+        return hash((self._config.rate, self._config.granularity, self._config.seed, self._config.strict))
+
+    def _is_used(self) -> bool:
+        return bool(self._state.counts.graphs or len(self._state.schedule.branches))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DropBPBackend:
+        return copy.copy(self)
+
+    def __copy__(self) -> DropBPBackend:
+        twin = type(self)(self._config)
+        twin._state = self._state
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._config, self.state_dict())
+
+    def __repr__(self) -> str:
+        config = self._config
+        return (
+            f"dropbp_backend(rate={self.rate}, granularity={config.granularity!r}, inner={config.inner!r}, "
+            f"seed={config.seed}) with {len(self.branches)} branches"
+        )
+
+
+def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
+    backend = DropBPBackend(config)
+    backend.load_state_dict(state)
+    return backend
+
+
+def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:
+    """Graph inputs that a branch reads and that are tensors of floating point: its parameters and buffers."""
+    graph_inputs: dict[fx.Node, None] = {}
+    for node in branch.body:
+        for parent in node.all_input_nodes:
+            value = example_value(parent)
+            if parent.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
+                graph_inputs[parent] = None
+    return list(graph_inputs)
+
+
+def dropbp_backend(
+    rate: float = 0.5,
+    *,
+    granularity: str = "branch",
+    inner: InnerCompiler = "inductor",
+    options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    strict: bool = False,
+) -> DropBPBackend:
+    """Make a ``torch.compile`` backend that trains with DropBP (Woo et al., NeurIPS 2024, arXiv 2402.17812).
+
+    Usage::
+
+        backend = dropbp_backend(rate=0.5)
+        model = torch.compile(model, backend=backend)
+
+    Args:
+        rate: share of residual branches whose backward is dropped at each training step, in [0, 1).
+        granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
+        inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
+            a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
+        options: Inductor configuration, as for ``torch.compile(options=...)``.
+        seed: seeds the patterns; ``None`` takes ``torch.initial_seed()`` when the first one is drawn. PyTorch's own
+            random streams are never touched.
+        strict: refuse a training graph without residual branches instead of warning.
+
+    Raises:
+        TypeError, ValueError: a bad value, before anything is compiled.
+    """
+    return DropBPBackend(BackendConfig.checked(rate, granularity, inner, options, seed, strict))
+
+
+def dropbp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend by name: ``torch.compile(model, backend="dropbp", options={"rate": 0.5})``.
+
+    ``options`` are the arguments of :func:`dropbp_backend`; equal options share one backend, as the graphs of one model
+    must. To steer a run (``pinned``, ``rate``, ``state_dict``), make the backend yourself and pass the object.
+
+    Raises:
+        TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
+    """
+    named = dict(options or {})
+    unknown = sorted(set(named) - set(_OPTION_NAMES))
+    if unknown:
+        raise ValueError(
+            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(_OPTION_NAMES)}. Options "
+            "for Inductor go into the option named 'options'."
+        )
+    inductor = tuple(sorted(dict(named.pop("options", None) or {}).items()))
+    return _named_backend(tuple(sorted(named.items())), inductor)(gm, example_inputs, mode=mode)
+
+
+_OPTION_NAMES = ("rate", "granularity", "inner", "options", "seed", "strict")
+
+
+@functools.cache
+def _named_backend(named: tuple[tuple[str, Any], ...], inductor: tuple[tuple[str, Any], ...]) -> DropBPBackend:
+    return dropbp_backend(**dict(named), options=dict(inductor))

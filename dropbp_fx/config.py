@@ -1,0 +1,118 @@
+"""The backend's configuration: what is valid, and a sentence for what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from dropbp_fx import _torch
+from dropbp_fx.policy.schedule import Granularity
+from dropbp_fx.runtime.compiler import InnerCompiler
+
+_INNER_NAMES = ("inductor", "aot_eager")
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendConfig:
+    """Everything a backend is made from. Two backends of equal configuration are interchangeable until one is used."""
+
+    rate: float
+    granularity: Granularity
+    inner: InnerCompiler
+    options: tuple[tuple[str, Any], ...]
+    seed: int | None
+    strict: bool
+
+    @classmethod
+    def checked(
+        cls,
+        rate: float,
+        granularity: str,
+        inner: InnerCompiler,
+        options: Mapping[str, Any] | None,
+        seed: int | None,
+        strict: bool,
+    ) -> BackendConfig:
+        """Build a configuration, refusing bad values.
+
+        Raises:
+            TypeError: a value of the wrong type.
+            ValueError: a value out of range or an unknown name.
+        """
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, not {granularity!r}: drop single "
+                "branches, or all branches of a layer together."
+            )
+        if isinstance(inner, str):
+            if inner not in _INNER_NAMES:
+                raise ValueError(
+                    f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair (forward compiler, backward "
+                    f"compiler), not {inner!r}."
+                )
+        elif not (isinstance(inner, tuple) and len(inner) == 2 and all(callable(item) for item in inner)):
+            raise TypeError(
+                f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair of callables (forward compiler, "
+                f"backward compiler), not {inner!r}."
+            )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an integer or None, not {seed!r}.")
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be True or False, not {strict!r}.")
+        return cls(
+            rate=checked_rate(rate),
+            granularity=granularity,  # type: ignore[arg-type]
+            inner=inner,
+            options=checked_inductor_options(options, inner),
+            seed=seed,
+            strict=strict,
+        )
+
+
+def checked_rate(rate: Any) -> float:
+    """``rate`` as a float in [0, 1).
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"rate must be a number in [0, 1), not {rate!r}.")
+    if not (math.isfinite(rate) and 0 <= rate < 1):
+        raise ValueError(
+            f"rate must be in [0, 1), not {rate!r}: it is the share of residual branches whose backward is dropped, and "
+            "at rate 1 nothing would be trained."
+        )
+    return float(rate)
+
+
+def checked_inductor_options(options: Mapping[str, Any] | None, inner: InnerCompiler) -> tuple[tuple[str, Any], ...]:
+    """Inductor options in a canonical order.
+
+    Raises:
+        TypeError: not a mapping from strings.
+        ValueError: an option Inductor does not have, or options for another inner compiler.
+    """
+    if not options:
+        return ()
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise TypeError(f"options must map names of Inductor options to values, not {options!r}.")
+    if inner != "inductor":
+        raise ValueError(f"options go to Inductor, but inner={inner!r}. Drop the options, or use inner='inductor'.")
+    known = _torch.inductor_option_names()
+    canonical = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in canonical:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"Inductor has no option {name!r}.{hint} torch._inductor.list_options() lists them all.")
+    if "joint_custom_pre_pass" in canonical:
+        raise ValueError(
+            "The Inductor option 'joint_custom_pre_pass' is the hook this backend prunes with, so it cannot be set. "
+            "Use 'joint_custom_post_pass' or 'post_grad_custom_pre_pass' for a pass of your own."
+        )
+    return tuple(sorted(canonical.items()))

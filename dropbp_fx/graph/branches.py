@@ -1,0 +1,511 @@
+"""Find the residual branches of a Dynamo graph.
+
+A residual branch is the ``h`` of an add ``y = x + h`` where ``h`` is computed from ``x`` by real work (a matrix product,
+a convolution, attention, an expert). Names play no part here: the graph is read, so that a family nobody listed works.
+What is *not* a branch and why not:
+
+* neither summand feeds the other: position embeddings, biases, rotary embeddings, LoRA's own add, projection shortcuts;
+* no work between ``x`` and ``h``: gating, layer scale, DoRA's magnitude term;
+* the branch contains other residual adds, or lies inside another branch: an attention mask or position bias that is
+  shared by all layers is an ancestor of later scores, a state recurrence updates a state inside a mixer, a U-Net's skip
+  goes around whole stages. The *innermost add that carries the stream* is taken: the one whose sum everything computed
+  from ``x`` goes through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from dropbp_fx._torch import checkpoint_operator
+
+_ADDITION_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
+_ADDITION_METHODS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+_INPLACE_FUNCTIONS = frozenset({operator.iadd})
+_INPLACE_METHODS = frozenset({"add_", "__iadd__"})
+
+_WORK_FUNCTIONS = frozenset(
+    {
+        F.linear,
+        F.bilinear,
+        F.scaled_dot_product_attention,
+        F.multi_head_attention_forward,
+        operator.matmul,
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        torch.mv,
+        torch.addmm,
+        torch.baddbmm,
+        torch.addbmm,
+        torch.einsum,
+        torch.tensordot,
+        torch.conv1d,
+        torch.conv2d,
+        torch.conv3d,
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+    }
+)
+_WORK_METHODS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "addbmm"})
+_WORK_MODULES = ("torch.fft", "torch._C._fft")
+_CUTS_GRADIENT = frozenset({"detach", "detach_", "data"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualBranch:
+    """One residual branch, located in a graph.
+
+    Attributes:
+        graph: the graph that holds it: the top graph, or the body of an activation checkpoint.
+        skip: the node of ``x``, the stream the branch reads and is added to.
+        output: the node of ``h``.
+        addition: the outermost add of the (possibly parallel) sum that ``h`` goes into.
+        consumer: the add that takes ``h`` as an operand.
+        body: nodes from after ``skip`` to ``output``: descendants of the one, ancestors of the other.
+        escapes: pairs (node of the body, user outside of it) through which a value leaves for the graph's outputs alone,
+            such as a key/value cache.
+        anchor: the node of the *top* graph that holds the branch: ``addition``, or the checkpoint that contains it.
+    """
+
+    graph: fx.Graph
+    skip: fx.Node
+    output: fx.Node
+    addition: fx.Node
+    consumer: fx.Node
+    body: tuple[fx.Node, ...]
+    escapes: tuple[tuple[fx.Node, fx.Node], ...]
+    anchor: fx.Node
+
+    @property
+    def work(self) -> tuple[fx.Node, ...]:
+        """The body's matrix products, convolutions and the like, in execution order."""
+        return tuple(node for node in self.body if does_work(node))
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectedAdd:
+    """An add of two equally shaped activations that is no residual branch, and the reason."""
+
+    addition: fx.Node
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchSearch:
+    """What :func:`find_branches` found: branches in execution order, and adds it looked at and did not take."""
+
+    branches: tuple[ResidualBranch, ...]
+    rejected: tuple[RejectedAdd, ...]
+
+
+def find_branches(gm: fx.GraphModule) -> BranchSearch:
+    """Find the residual branches of ``gm``, a graph as Dynamo hands it to a backend (nodes carry ``example_value``).
+
+    Bodies of activation checkpoints are searched as graphs of their own. ``gm`` is not changed, but in-place adds must
+    have been normalised first (:func:`normalise_inplace_adds`), or uses of the mutated operand hide the stream.
+    """
+    found: list[ResidualBranch] = []
+    rejected: list[RejectedAdd] = []
+    _search(gm, gm.graph, None, found, rejected)
+    return BranchSearch(tuple(found), tuple(rejected))
+
+
+def normalise_inplace_adds(gm: fx.GraphModule) -> int:
+    """Rewrite ``x += h`` so that later uses of ``x`` read the sum's node, and as ``x + h`` where nobody can tell.
+
+    An in-place add may become out of place when its operand is no graph input, no other node that shares its memory is
+    used afterwards, and type promotion would not change the result's dtype. Numerics are preserved.
+
+    Returns:
+        The number of adds made out of place.
+    """
+    count = 0
+    for module, graph in _graphs(gm):
+        changed = False
+        position = {node: index for index, node in enumerate(graph.nodes)}
+        aliases = _nodes_by_storage(graph)
+        for node in list(graph.nodes):
+            if not _is_inplace_addition(node) or not isinstance(node.args[0], fx.Node):
+                continue
+            mutated = node.args[0]
+            for user in list(mutated.users):
+                if position[user] > position[node]:
+                    user.replace_input_with(mutated, node)
+                    changed = True
+            storage = _storage(mutated)
+            sharing = aliases.get(storage, []) if storage is not None else []
+            observed = any(
+                other.op == "placeholder" or any(position[user] > position[node] for user in other.users)
+                for other in sharing
+                if other is not node and position[other] < position[node]
+            )
+            if observed or mutated.op == "placeholder" or _promotes(node):
+                continue
+            with graph.inserting_before(node):
+                replacement = graph.call_function(torch.add, node.args, dict(node.kwargs))
+            replacement.meta = dict(node.meta)
+            position[replacement] = position[node]
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+            changed = True
+            count += 1
+        if changed:
+            graph.lint()
+            module.recompile()
+    return count
+
+
+def does_work(node: fx.Node) -> bool:
+    """Whether a node is a matrix product, convolution, attention or an operator that PyTorch does not know."""
+    if node.op == "call_method":
+        return node.target in _WORK_METHODS
+    if node.op == "call_module":
+        return True
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    if target in _WORK_FUNCTIONS:
+        return True
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        name = str(target)
+        if not name.startswith(("aten.", "aten::", "prims.", "prim.", "dropbp_fx.")):
+            return True
+        return any(word in name for word in ("mm", "matmul", "linear", "conv", "einsum", "attention"))
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "autocast" not in target.name() and "grad_enabled" not in target.name()
+    module = getattr(target, "__module__", None) or ""
+    if module.startswith(_WORK_MODULES):
+        return True
+    name = getattr(target, "__name__", "")
+    return any(word in name for word in ("grouped_mm", "scaled_mm", "_rnn", "lstm", "gru", "fft"))
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value Dynamo computed for a node, ``None`` where there is none."""
+    return node.meta.get("example_value")
+
+
+def same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two (fake) tensors have equal sizes, without installing guards on symbolic ones."""
+    return len(left.shape) == len(right.shape) and all(
+        _expression(a) == _expression(b) for a, b in zip(left.shape, right.shape, strict=True)
+    )
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Graph]]:
+    yield gm, gm.graph
+    for _, body in checkpoint_bodies(gm):
+        yield from _graphs(body)
+
+
+def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """The activation checkpoints of a graph: the call and the body it runs."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is checkpoint_operator():
+            body = node.args[0]
+            if isinstance(body, fx.Node) and body.op == "get_attr":
+                yield node, getattr(gm, str(body.target))
+
+
+def _search(
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    anchor: fx.Node | None,
+    found: list[ResidualBranch],
+    rejected: list[RejectedAdd],
+) -> None:
+    bodies = dict(checkpoint_bodies(gm))
+    search = _GraphSearch(graph)
+    own, refused = search.run()
+    rejected.extend(refused)
+    by_addition: dict[fx.Node, list[ResidualBranch]] = {}
+    for branch in own:
+        by_addition.setdefault(branch.addition, []).append(branch)
+    for node in graph.nodes:
+        if node in bodies:
+            _search(bodies[node], bodies[node].graph, anchor or node, found, rejected)
+        for branch in by_addition.get(node, ()):
+            found.append(branch if anchor is None else dataclasses.replace(branch, anchor=anchor))
+
+
+@dataclasses.dataclass
+class _Candidate:
+    skip: fx.Node
+    output: fx.Node
+    addition: fx.Node
+    consumer: fx.Node
+    body: int  # bit set of node positions, skip excluded
+    escapes: tuple[tuple[fx.Node, fx.Node], ...] = ()
+
+
+class _GraphSearch:
+    """The search in one graph. Sets of nodes are integers used as bit sets: graphs of big models have 10^4 nodes."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes = list(graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.parents: list[list[int]] = []
+        enabled = True
+        for node in self.nodes:
+            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            carries = enabled and node.op != "output" and _carries_gradient(node)
+            self.parents.append([self.position[p] for p in node.all_input_nodes] if carries else [])
+        self.ancestors: list[int] = []
+        for index, parents in enumerate(self.parents):
+            mine = 1 << index
+            for parent in parents:
+                if _is_differentiable_value(self.nodes[parent]):
+                    mine |= self.ancestors[parent]
+            self.ancestors.append(mine)
+        self.descendants = [1 << index for index in range(len(self.nodes))]
+        for index in range(len(self.nodes) - 1, -1, -1):
+            for parent in self.parents[index]:
+                if _is_differentiable_value(self.nodes[parent]):
+                    self.descendants[parent] |= self.descendants[index]
+
+    def run(self) -> tuple[list[ResidualBranch], list[RejectedAdd]]:
+        candidates: list[_Candidate] = []
+        rejected: list[RejectedAdd] = []
+        absorbed: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if node in absorbed or not self._is_residual_shaped(node):
+                continue
+            terms = list(self._terms(node, absorbed))
+            mine = list(self._branches_of(node, terms))
+            if not mine:
+                rejected.append(RejectedAdd(node, "neither summand is computed from the other by a matrix product"))
+            candidates.extend(mine)
+        accepted = self._innermost_stream_adds(candidates, rejected)
+        accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.output]))
+        branches = [
+            ResidualBranch(
+                graph=self.graph,
+                skip=c.skip,
+                output=c.output,
+                addition=c.addition,
+                consumer=c.consumer,
+                body=tuple(self._members(c.body)),
+                escapes=tuple(self._escapes(c)),
+                anchor=c.addition,
+            )
+            for c in accepted
+        ]
+        return branches, rejected
+
+    def _is_residual_shaped(self, node: fx.Node) -> bool:
+        operands = _summands(node)
+        if operands is None or not self.parents[self.position[node]]:
+            return False
+        values = [example_value(operand) for operand in operands] + [example_value(node)]
+        return all(
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.ndim >= 1
+            and same_shape(value, values[-1])
+            for value in values
+        )
+
+    def _terms(self, node: fx.Node, absorbed: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """The summands of a sum and the add each goes into; adds used by nothing else are part of the sum."""
+        for operand in _summands(node) or ():
+            if len(operand.users) == 1 and not _is_inplace_addition(operand) and self._is_residual_shaped(operand):
+                absorbed.add(operand)
+                yield from self._terms(operand, absorbed)
+            else:
+                yield operand, node
+
+    def _branches_of(self, addition: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> Iterator[_Candidate]:
+        for index, (output, consumer) in enumerate(terms):
+            above = self.ancestors[self.position[output]]
+            skips = [
+                root
+                for other, (term, _) in enumerate(terms)
+                if other != index
+                for root in (term, self._skip_root(term))
+                if root is not output and above >> self.position[root] & 1
+            ]
+            if not skips:
+                continue
+            skip = max(skips, key=lambda root: self.position[root])
+            at = self.position[skip]
+            body = self.descendants[at] & above & ~(1 << at)
+            if any(does_work(node) for node in self._members(body)):
+                yield _Candidate(skip, output, addition, consumer, body)
+
+    def _skip_root(self, node: fx.Node) -> fx.Node:
+        """Look through what only scales or casts the skip: ``alpha * x``, ``x.to(float32)``, dropout, a view."""
+        while True:
+            parents = [p for p in node.all_input_nodes if _is_differentiable_value(p) and not _is_constant_like(p)]
+            if len(parents) != 1 or not _scales_only(node) or not self.parents[self.position[node]]:
+                return node
+            (node,) = parents
+
+    def _innermost_stream_adds(
+        self, candidates: Iterable[_Candidate], rejected: list[RejectedAdd]
+    ) -> list[_Candidate]:
+        accepted: list[_Candidate] = []
+        ordered = sorted(candidates, key=lambda c: c.body.bit_count())
+        additions = 0
+        for candidate in ordered:
+            additions |= 1 << self.position[candidate.addition]
+        if any(candidate.body & additions for candidate in ordered):  # only nested adds need telling apart
+            ordered.sort(key=lambda c: not self._carries_the_stream(c))
+        for candidate in ordered:
+            add = 1 << self.position[candidate.addition]
+            if any(candidate.body >> self.position[other.addition] & 1 for other in accepted):
+                rejected.append(RejectedAdd(candidate.addition, "it goes around other residual adds"))
+            elif any(other.body & add for other in accepted):
+                rejected.append(RejectedAdd(candidate.addition, "it lies inside a residual branch"))
+            else:
+                accepted.append(candidate)
+        return accepted
+
+    def _carries_the_stream(self, candidate: _Candidate) -> bool:
+        """Whether nothing computed from the skip past the add meets anything computed from the sum again."""
+        at, add = self.position[candidate.skip], self.position[candidate.addition]
+        after = self.descendants[add]
+        beside = self._reach_avoiding(at, add)
+        meets = 0
+        for index in self._indices(after & ~(1 << add)):
+            for parent in self.parents[index]:
+                meets |= 1 << parent
+        return not meets & beside & ~after
+
+    def _reach_avoiding(self, start: int, avoid: int) -> int:
+        reached = 1 << start
+        for index in range(start + 1, len(self.nodes)):
+            if index != avoid and any(
+                reached >> p & 1 for p in self.parents[index] if _is_differentiable_value(self.nodes[p])
+            ):
+                reached |= 1 << index
+        return reached
+
+    def _escapes(self, candidate: _Candidate) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Edges out of the body whose values reach graph outputs without meeting anything computed from the sum."""
+        after = self.descendants[self.position[candidate.addition]]
+        for node in self._members(candidate.body):
+            value = example_value(node)
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            for user in node.users:
+                index = self.position[user]
+                inside = candidate.body >> index & 1 or user is candidate.consumer
+                if inside or after >> index & 1:
+                    continue
+                if user.op == "output" or (self.parents[index] and not self.descendants[index] & after):
+                    yield node, user
+
+    def _members(self, bits: int) -> Iterator[fx.Node]:
+        return (self.nodes[index] for index in self._indices(bits))
+
+    @staticmethod
+    def _indices(bits: int) -> Iterator[int]:
+        while bits:
+            low = bits & -bits
+            yield low.bit_length() - 1
+            bits ^= low
+
+
+def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The operands of a plain ``a + b`` of two nodes."""
+    is_addition = (node.op == "call_function" and node.target in _ADDITION_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _ADDITION_METHODS
+    )
+    if not is_addition:
+        return None
+    operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
+    if len(operands) != 2 or node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("out") is not None:
+        return None
+    left, right = operands
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    return left, right
+
+
+def _is_inplace_addition(node: fx.Node) -> bool:
+    if _summands(node) is None:
+        return False
+    return node.target in (_INPLACE_FUNCTIONS if node.op == "call_function" else _INPLACE_METHODS)
+
+
+def _promotes(addition: fx.Node) -> bool:
+    summands = _summands(addition)
+    assert summands is not None
+    left, right = (example_value(operand) for operand in summands)
+    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or not same_shape(left, right):
+        return True  # a broadcast could change the shape: leave the add alone
+    return torch.promote_types(left.dtype, right.dtype) != left.dtype
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    """Whether a node's output is a differentiable function of its inputs, whatever requires a gradient in this run."""
+    if node.op == "call_method" and node.target in _CUTS_GRADIENT:
+        return False
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _CUTS_GRADIENT:
+        return False
+    return _is_differentiable_value(node)
+
+
+def _is_differentiable_value(node: fx.Node) -> bool:
+    value = example_value(node)
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in value)
+    return False
+
+
+def _is_constant_like(node: fx.Node) -> bool:
+    """Parameters, buffers and other graph inputs of a handful of elements or a vector: what a scale is made of."""
+    value = example_value(node)
+    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.ndim <= 1
+
+
+_SCALING_FUNCTIONS = frozenset(
+    {operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, F.dropout, F.dropout1d, F.dropout2d}
+)
+_SCALING_METHODS = frozenset(
+    {
+        *("to", "float", "half", "bfloat16", "double", "type_as", "type", "mul", "mul_", "div", "contiguous", "clone"),
+        *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    }
+)
+
+
+def _scales_only(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _SCALING_FUNCTIONS
+    return node.op == "call_method" and node.target in _SCALING_METHODS
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = example_value(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return None
+
+
+def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    groups: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        storage = _storage(node)
+        if storage is not None:
+            groups.setdefault(storage, []).append(node)
+    return groups

@@ -1,0 +1,56 @@
+"""The gate: an identity operator that marks a value, and its gradient, in a joint graph.
+
+``y = gate(x, label)`` leaves the value alone and puts the nodes ``dropbp_fx.gate`` and ``dropbp_fx.gate_backward`` into
+the joint forward/backward graph that AOTAutograd traces. :mod:`dropbp_fx.graph.prune` looks for them by label: a dropped
+gate's gradient is zero, every other gate is removed. No gate is left when a variant runs.
+
+A label is the number of the branch within its region, so that equal layers have equal graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("dropbp_fx::gate", mutates_args=())
+def gate(x: Tensor, label: int) -> Tensor:
+    """Return ``x`` (a copy: a functional operator may not alias its input)."""
+    return x.clone()
+
+
+@torch.library.custom_op("dropbp_fx::gate_backward", mutates_args=())
+def gate_backward(grad: Tensor, label: int) -> Tensor:
+    """The vector-Jacobian product of :func:`gate`: the gradient unchanged."""
+    return grad.clone()
+
+
+@gate.register_fake
+def _gate_fake(x: Tensor, label: int) -> Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
+@gate_backward.register_fake
+def _gate_backward_fake(grad: Tensor, label: int) -> Tensor:
+    return torch.empty_strided(grad.size(), grad.stride(), dtype=grad.dtype, device=grad.device)
+
+
+def _remember_label(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.dropbp_gate_label = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return gate_backward(grad, ctx.dropbp_gate_label), None
+
+
+gate.register_autograd(_backward, setup_context=_remember_label)
+
+GATE = torch.ops.dropbp_fx.gate.default
+GATE_BACKWARD = torch.ops.dropbp_fx.gate_backward.default
+
+
+def gate_label_of(grad_fn: Any) -> int | None:
+    """The label of an autograd node that a gate made, ``None`` for every other node."""
+    return getattr(grad_fn, "dropbp_gate_label", None)

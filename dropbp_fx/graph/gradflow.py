@@ -1,0 +1,149 @@
+"""Which inputs of a region receive a gradient from which outputs, for any pattern.
+
+The answer is read off autograd itself: the region runs once on fake tensors with its gates in place, and the autograd
+graph behind each output is walked down to the inputs. An input that no kept path reaches gets ``None``, exactly as in an
+eager model whose branch is detached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropbp_fx.graph.gate import gate_label_of
+
+
+@dataclasses.dataclass(frozen=True)
+class _AutogradNode:
+    """One autograd node: the gate it is, the input it accumulates into, whether it hands its gradient on unchanged."""
+
+    next: tuple[int, ...]
+    label: int | None
+    leaf: int | None
+    plain_add: bool
+
+
+class GradientFlow:
+    """The autograd graph of one region, reduced to what decides which gradients exist.
+
+    Attributes:
+        differentiable: outputs that require a gradient when every input that can does.
+    """
+
+    def __init__(
+        self, nodes: Sequence[_AutogradNode], roots: Sequence[int | None], identity: frozenset[tuple[int, int]]
+    ) -> None:
+        self._nodes = nodes
+        self._roots = roots
+        self._identity = identity
+        self.differentiable = frozenset(j for j, root in enumerate(roots) if root is not None)
+        self.sources = functools.lru_cache(maxsize=None)(self._sources)
+        self.passes_through = functools.lru_cache(maxsize=None)(self._passes_through)
+
+    def _sources(self, output: int, dropped: frozenset[int]) -> frozenset[int]:
+        """The inputs that receive a gradient from ``output`` when the gates labelled ``dropped`` are."""
+        root = self._roots[output]
+        if root is None:
+            return frozenset()
+        found: set[int] = set()
+        seen = {root}
+        pending = [root]
+        while pending:
+            node = self._nodes[pending.pop()]
+            if node.label is not None and node.label in dropped:
+                continue
+            if node.leaf is not None:
+                found.add(node.leaf)
+            for following in node.next:
+                if following not in seen:
+                    seen.add(following)
+                    pending.append(following)
+        return frozenset(found)
+
+    def _passes_through(self, output: int, dropped: frozenset[int]) -> int | None:
+        """The one input that receives ``output``'s gradient unchanged and alone, ``None`` if there is no such input."""
+        current = self._roots[output]
+        while current is not None:
+            node = self._nodes[current]
+            if node.leaf is not None:
+                return node.leaf if (output, node.leaf) in self._identity else None
+            kept = [following for following in node.next if self._alive(following, dropped)]
+            if not (node.plain_add or node.label is not None) or len(kept) != 1:
+                return None
+            (current,) = kept
+        return None
+
+    def _alive(self, index: int, dropped: frozenset[int]) -> bool:
+        seen = {index}
+        pending = [index]
+        while pending:
+            node = self._nodes[pending.pop()]
+            if node.label is not None and node.label in dropped:
+                continue
+            if node.leaf is not None:
+                return True
+            for following in node.next:
+                if following not in seen:
+                    seen.add(following)
+                    pending.append(following)
+        return False
+
+    @classmethod
+    def trace(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> GradientFlow:
+        """Run ``gm`` on fake ``inputs`` (leaves; those that can require a gradient do) and read its autograd graph."""
+        leaves = {id(value): index for index, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
+        with torch.enable_grad():
+            outputs = gm(*inputs)
+        index_of: dict[Any, int] = {}
+        ordered: list[Any] = []
+
+        def number(grad_fn: Any) -> int:
+            if grad_fn not in index_of:
+                index_of[grad_fn] = len(ordered)
+                ordered.append(grad_fn)
+            return index_of[grad_fn]
+
+        roots: list[int | None] = []
+        input_leaf: list[int | None] = []
+        for value in outputs:
+            differentiable = isinstance(value, torch.Tensor) and value.requires_grad
+            if differentiable and value.grad_fn is None:  # an input returned as it is
+                roots.append(-1 - len(input_leaf))
+                input_leaf.append(leaves.get(id(value)))
+            else:
+                roots.append(number(value.grad_fn) if differentiable else None)
+        nodes: list[_AutogradNode] = []
+        position = 0
+        while position < len(ordered):
+            grad_fn = ordered[position]
+            position += 1
+            variable = getattr(grad_fn, "variable", None)
+            nodes.append(
+                _AutogradNode(
+                    next=tuple(number(following) for following, _ in grad_fn.next_functions if following is not None),
+                    label=gate_label_of(grad_fn),
+                    leaf=None if variable is None else leaves.get(id(variable)),
+                    plain_add=grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1,
+                )
+            )
+        for leaf in input_leaf:
+            nodes.append(_AutogradNode(next=(), label=None, leaf=leaf, plain_add=False))
+        settled = [
+            len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots
+        ]
+        identity = frozenset(
+            (j, k)
+            for j, value in enumerate(outputs)
+            for k, source in enumerate(inputs)
+            if isinstance(value, torch.Tensor)
+            and isinstance(source, torch.Tensor)
+            and value.dtype == source.dtype
+            and value.device == source.device
+            and str(tuple(value.shape)) == str(tuple(source.shape))
+        )
+        return cls(nodes, settled, identity)

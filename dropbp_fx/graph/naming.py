@@ -1,0 +1,132 @@
+"""Readable, stable names for residual branches, from the module tree Dynamo records on every node."""
+
+from __future__ import annotations
+
+import dataclasses
+import os.path
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import fx
+
+from dropbp_fx.graph.branches import ResidualBranch
+
+_ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
+#: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's.
+_FRAME_ROOTS = frozenset({"self", "fn"})
+_INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchName:
+    """How a branch is called: ``name`` is unique within its graph, ``layer`` is shared by the branches of one layer."""
+
+    name: str
+    layer: str
+
+
+def name_branches(branches: Sequence[ResidualBranch]) -> tuple[BranchName, ...]:
+    """Name ``branches`` (in execution order) after the modules that do their work.
+
+    The name is the deepest module that holds all of a branch's work (``model.layers.3.self_attn``). Where that module
+    also holds the add, and so would name the whole layer, the names of the children that work are joined
+    (``encoder.layers.0.linear1+linear2``). A module that runs several times (ALBERT) gets ``#1``, ``#2``, ...
+
+    The layer is the deepest element of a module list whose branch-holding siblings all have one class: a decoder layer,
+    not the list of sub-layers inside a T5 block, nor the stages around Swin's blocks.
+    """
+    stacks = [_Stack.of(branch) for branch in branches]
+    kinds: dict[str, set[str]] = {}
+    for stack in stacks:
+        for path, kind in stack.modules:
+            head, _, last = path.rpartition(".")
+            if last.isdigit():
+                kinds.setdefault(head, set()).add(kind)
+    names = [_plain_name(branch, stack, index) for index, (branch, stack) in enumerate(zip(branches, stacks, strict=True))]
+    layers = [_layer(stack, kinds, name) for stack, name in zip(stacks, names, strict=True)]
+    repeated = Counter(names)
+    seen: Counter[str] = Counter()
+    unique: list[BranchName] = []
+    for name, layer in zip(names, layers, strict=True):
+        if repeated[name] > 1:
+            seen[name] += 1
+            unique.append(BranchName(f"{name}#{seen[name]}", f"{layer}#{seen[name]}"))
+        else:
+            unique.append(BranchName(name, layer))
+    return tuple(unique)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """The modules around a branch: of its add, and of its work."""
+
+    modules: tuple[tuple[str, str], ...]  # (path, class) from the outermost to the innermost that holds all the work
+    of_add: tuple[str, ...]
+    of_work: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, branch: ResidualBranch) -> _Stack:
+        add = _module_path(branch.consumer)
+        work = [_module_path(node) for node in branch.work]
+        common = [entry for entry in work[0] if all(entry in other for other in work)] if work else []
+        return cls(
+            modules=tuple(common or add),
+            of_add=tuple(path for path, _ in add),
+            of_work=tuple(tuple(path for path, _ in stack) for stack in work),
+        )
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the innermost module a node belongs to, empty at the root."""
+    stack = _module_path(node)
+    return stack[-1][0] if stack else ""
+
+
+def _module_path(node: fx.Node) -> list[tuple[str, str]]:
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = []
+    for path, kind in stack.values():
+        cleaned = _clean(str(path))
+        if cleaned:
+            entries.append((cleaned, getattr(kind, "__name__", str(kind))))
+    return entries
+
+
+def _clean(path: str) -> str:
+    """``L['self'].model.layers[0].mlp`` -> ``model.layers.0.mlp``; any other root keeps its name."""
+    match = _ROOT.match(path)
+    if match is not None:
+        root, path = match["root"], path[match.end() :]
+        if root not in _FRAME_ROOTS:
+            path = f"{root}{path}"
+    path = _INDEX.sub(r".\1", path)
+    for internal in ("._modules", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        path = path.replace(internal, "")
+    return re.sub(r"\.{2,}", ".", path).strip(".")
+
+
+def _plain_name(branch: ResidualBranch, stack: _Stack, index: int) -> str:
+    home = stack.modules[-1][0] if stack.modules else ""
+    if home and home not in stack.of_add:
+        return home
+    children: list[str] = []
+    for path in stack.of_work:
+        below = [entry for entry in path if entry != home and (not home or entry.startswith(f"{home}."))]
+        if below:
+            child = below[0].removeprefix(f"{home}.")
+            if child not in children:
+                children.append(child)
+    if children:
+        return ".".join(part for part in (home, "+".join(children)) if part)
+    return home or f"branch.{index}"
+
+
+def _layer(stack: _Stack, kinds: dict[str, set[str]], name: str) -> str:
+    for path, _ in reversed(stack.modules):
+        head, _, last = path.rpartition(".")
+        if last.isdigit() and len(kinds[head]) == 1:
+            return path
+    around = [path for path in stack.of_add if path]
+    common = os.path.commonprefix([name.split("."), around[-1].split(".")]) if around else []
+    return ".".join(common) or name

@@ -1,0 +1,300 @@
+"""Put gates on the residual branches of a Dynamo graph and split it into regions.
+
+A region is a stretch of the graph that holds one residual branch (several, where branches overlap or sit in one
+activation checkpoint), from its first node to its add; what stands between two branches without doing work (a
+post-norm) goes to the region before it. Before the first branch lies the prologue, after the last one the epilogue. A
+region is compiled once for each subset of its branches and regions that are alike share everything, so that any
+pattern of a deep model is composed from a handful of compiled variants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.split_module import split_module
+
+from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value
+from dropbp_fx.graph.gate import GATE
+
+_MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """One region: a graph with gates, and where its values come from and go to.
+
+    Attributes:
+        gm: the region's graph; returns a tuple.
+        inputs: for each placeholder the slot its value is read from.
+        outputs: for each output the slot its value is written to.
+        branches: indices of its residual branches, in execution order; the i-th has the gates labelled i.
+        streams: which inputs are the stream that one of its branches reads.
+        examples: for each placeholder the fake value (or symbol) Dynamo computed.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    branches: tuple[int, ...]
+    streams: frozenset[int]
+    examples: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionProgram:
+    """A whole graph as a sequence of regions over numbered slots.
+
+    Attributes:
+        regions: in execution order.
+        slots: how many values there are.
+        inputs: the slot of each graph input.
+        examples: the example value of each graph input.
+        constants: slots that hold a tensor the graph owns.
+        outputs: for each graph output its slot, or a one-element list holding a constant.
+    """
+
+    regions: tuple[Region, ...]
+    slots: int
+    inputs: tuple[int, ...]
+    examples: tuple[Any, ...]
+    constants: dict[int, Any]
+    outputs: tuple[int | list[Any], ...]
+
+
+def insert_gates(branches: Sequence[ResidualBranch]) -> tuple[frozenset[fx.Node], ...]:
+    """Gate every branch's output, and every value that leaves a branch for the graph's outputs alone.
+
+    Returns:
+        For each branch its gate nodes; their labels are set by :func:`split_into_regions`.
+    """
+    gates: list[frozenset[fx.Node]] = []
+    for index, branch in enumerate(branches):
+        mine = {_gate_edge(branch.output, branch.consumer, index)}
+        for node, user in branch.escapes:
+            mine.add(_gate_edge(node, user, index))
+        gates.append(frozenset(mine))
+    return tuple(gates)
+
+
+def split_into_regions(
+    gm: fx.GraphModule, branches: Sequence[ResidualBranch], gates: Sequence[frozenset[fx.Node]]
+) -> RegionProgram:
+    """Split a gated graph into regions."""
+    _hoist_getitems(gm.graph)
+    order = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    region_of, members = _assign(order, branches, gates)
+    for group in members:
+        for local, index in enumerate(group):
+            for node in gates[index]:
+                node.args = (node.args[0], local)
+    names = {node: node.name for node in gm.graph.nodes}
+    split = split_module(
+        gm, None, lambda node: region_of[node], keep_original_order=True, tuple_return=True
+    )
+    stream_names = [{names[branches[index].skip] for index in group} for group in members]
+    return _read_program(split, members, stream_names)
+
+
+def _gate_edge(node: fx.Node, user: fx.Node, label: int) -> fx.Node:
+    graph = node.graph
+    with graph.inserting_after(node):
+        gated = graph.call_function(GATE, (node, label))
+    gated.meta = dict(node.meta)
+    user.replace_input_with(node, gated)
+    return gated
+
+
+def _hoist_getitems(graph: fx.Graph) -> None:
+    """Unpack tuples where they are made: no region can hand a tuple to the next."""
+    for node in list(graph.nodes):
+        if isinstance(example_value(node), (list, tuple)) and node.op not in ("placeholder", "output"):
+            for user in reversed(list(node.users)):
+                if user.op == "call_function" and user.target is operator.getitem and user.args[0] is node:
+                    node.append(user)
+
+
+def _assign(
+    order: Sequence[fx.Node], branches: Sequence[ResidualBranch], gates: Sequence[frozenset[fx.Node]]
+) -> tuple[dict[fx.Node, int], list[tuple[int, ...]]]:
+    """Number each node's region, and list each region's branches."""
+    position = {node: index for index, node in enumerate(order)}
+    intervals: list[tuple[int, int, list[int]]] = []
+    for index, branch in enumerate(branches):
+        held = [position[node] for node in (branch.anchor, *branch.body, *gates[index]) if node in position]
+        intervals.append((min(held), max(held), [index]))
+    groups = _merge_overlapping(intervals)
+    allowed = _allowed_cuts(order)
+    cuts: set[int] = set()
+    end_before = -1
+    for number, (start, end, _) in enumerate(groups):
+        gap = range(end_before + 1, start + 1)
+        if number and any(does_work(node) for node in order[gap.start : gap.stop - 1]):
+            cuts.update(_nearest(gap.start, gap, allowed))
+        cuts.update(_nearest(start, gap, allowed))
+        end_before = end
+    cuts.update(_nearest(end_before + 1, range(end_before + 1, len(order)), allowed))
+    region_of: dict[fx.Node, int] = {}
+    region = 0
+    for index, node in enumerate(order):
+        if index in cuts and index:
+            region += 1
+        region_of[node] = region
+    members: list[list[int]] = [[] for _ in range(region + 1)]
+    for start, _, indices in groups:
+        members[region_of[order[start]]].extend(indices)
+    return region_of, [tuple(sorted(group)) for group in members]
+
+
+def _merge_overlapping(intervals: Sequence[tuple[int, int, list[int]]]) -> list[tuple[int, int, list[int]]]:
+    """Join branches that cannot be told apart by position: parallel ones, and those of one checkpoint."""
+    groups: list[tuple[int, int, list[int]]] = []
+    for start, end, indices in sorted(intervals):
+        if groups and start <= groups[-1][1]:
+            before = groups.pop()
+            groups.append((before[0], max(before[1], end), before[2] + indices))
+        else:
+            groups.append((start, end, indices))
+    return groups
+
+
+def _nearest(wanted: int, where: range, allowed: Sequence[bool]) -> list[int]:
+    """The allowed cut in ``where`` that is nearest to ``wanted``, none if there is none: the regions then merge."""
+    possible = [cut for cut in where if cut < len(allowed) and allowed[cut]]
+    return [min(possible, key=lambda cut: abs(cut - wanted))] if possible else []
+
+
+def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
+    """Where the graph may be cut: ``allowed[p]`` speaks of the border before ``order[p]``.
+
+    Not where a value that is neither a tensor nor a symbol would have to cross, and not between the making of a tensor
+    and its mutation, which would turn a local in-place operation into the mutation of a region's input.
+    """
+    position = {node: index for index, node in enumerate(order)}
+    forbidden = [0] * (len(order) + 1)
+
+    def forbid(first: int, last: int) -> None:
+        if first <= last:
+            forbidden[first] += 1
+            forbidden[last + 1] -= 1
+
+    born: dict[int, int] = {}
+    for node in order:
+        at = position[node]
+        users = [position[user] for user in node.users if user in position]
+        value = example_value(node)
+        crossable = isinstance(value, (torch.Tensor, torch.SymInt, int)) and not isinstance(value, bool)
+        if node.target not in _MODE_CHANGES and users and not crossable:
+            forbid(at + 1, max(users))
+        storage = _storage_of(value)
+        if storage is not None:
+            born.setdefault(storage, at)
+        for target in _mutated(node):
+            mutated = _storage_of(example_value(target))
+            if target in position and mutated is not None and mutated in born:
+                forbid(born[mutated] + 1, at)
+    allowed, depth = [], 0
+    for index in range(len(order)):
+        depth += forbidden[index]
+        allowed.append(depth == 0)
+    return allowed
+
+
+def _storage_of(value: Any) -> int | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return None
+
+
+def _mutated(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensor an operation writes into, by PyTorch's naming of in-place operations."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    written: list[Any] = [node.kwargs.get("out")]
+    inplace = name.endswith("_") and not name.endswith("__")
+    inplace |= name in {"setitem", "__setitem__"} or (name.startswith("__i") and name.endswith("__"))
+    inplace |= getattr(node.target, "__module__", "") == "_operator" and name in {
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
+        *("ilshift", "irshift"),
+    }
+    if (inplace or node.kwargs.get("inplace") is True) and node.args:
+        written.append(node.args[0])
+    return [item for item in written if isinstance(item, fx.Node)]
+
+
+def _read_program(
+    split: fx.GraphModule, members: Sequence[tuple[int, ...]], stream_names: Sequence[set[str]]
+) -> RegionProgram:
+    slot_of: dict[fx.Node, int] = {}
+    constants: dict[int, Any] = {}
+    inputs: list[int] = []
+    examples: list[Any] = []
+    regions: list[Region] = []
+    calls: dict[fx.Node, list[int]] = {}
+    outputs: tuple[int | list[Any], ...] = ()
+
+    def new_slot() -> int:
+        return len(slot_of) + sum(map(len, calls.values()))
+
+    for node in split.graph.nodes:
+        if node.op == "placeholder":
+            slot_of[node] = new_slot()
+            inputs.append(slot_of[node])
+            examples.append(example_value(node))
+        elif node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(split)
+            slot_of[node] = new_slot()
+            constants[slot_of[node]] = value
+        elif node.op == "call_module":
+            number = int(str(node.target).removeprefix("submod_"))
+            region_gm = getattr(split, str(node.target))
+            _settle_grad_mode(region_gm.graph)
+            region_gm.recompile()
+            placeholders = [n for n in region_gm.graph.nodes if n.op == "placeholder"]
+            made: list[int] = []
+            calls[node] = made
+            for _ in _output_values(region_gm.graph):
+                made.append(new_slot())
+            regions.append(
+                Region(
+                    gm=region_gm,
+                    inputs=tuple(slot_of[argument] for argument in node.args if isinstance(argument, fx.Node)),
+                    outputs=tuple(made),
+                    branches=members[number],
+                    streams=frozenset(i for i, p in enumerate(placeholders) if p.name in stream_names[number]),
+                    examples=tuple(example_value(p) for p in placeholders),
+                )
+            )
+        elif node.op == "call_function":  # getitem: one output of a region
+            slot_of[node] = calls[node.args[0]][node.args[1]]
+        else:
+            outputs = tuple(
+                slot_of[argument] if isinstance(argument, fx.Node) else [argument] for argument in node.args[0]
+            )
+    slots = 1 + max([*slot_of.values(), *(slot for made in calls.values() for slot in made)], default=-1)
+    return RegionProgram(tuple(regions), slots, tuple(inputs), tuple(examples), constants, outputs)
+
+
+def _output_values(graph: fx.Graph) -> Sequence[Any]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return output.args[0]
+
+
+def _settle_grad_mode(graph: fx.Graph) -> None:
+    """Start and end a region with gradients enabled, and drop switches that change nothing: equal layers stay equal."""
+    enabled = True
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            wanted = bool(node.args[0])
+            if wanted is enabled:
+                graph.erase_node(node)
+            enabled = wanted
+        elif node.op == "output" and not enabled:
+            with graph.inserting_before(node):
+                graph.call_function(torch._C._set_grad_enabled, (True,))

@@ -1,0 +1,101 @@
+"""The branches a backend has met, in one table for all graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+
+@dataclasses.dataclass
+class Branch:
+    """One residual branch of a model.
+
+    Attributes:
+        index: its position in execution order, the number :meth:`DropBPBackend.pinned` takes.
+        name: unique and readable, from the module tree (``model.layers.3.self_attn``).
+        layer: the layer it belongs to (``model.layers.3``).
+        rate: the drop rate asked for, in [0, 1).
+        trainable: whether it has parameters that require a gradient.
+        droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
+            parameter there is nothing to drop, and the branch takes no part in the draw.
+        times_seen: training forwards it took part in.
+        times_dropped: how many of them dropped it.
+    """
+
+    index: int
+    name: str
+    layer: str
+    rate: float
+    trainable: bool = False
+    droppable: bool = False
+    times_seen: int = 0
+    times_dropped: int = 0
+
+    @property
+    def realised_rate(self) -> float:
+        """The share of its training forwards that dropped it, 0 before the first."""
+        return self.times_dropped / self.times_seen if self.times_seen else 0.0
+
+
+class BranchTable:
+    """Branches by name, in the order they were first met."""
+
+    def __init__(self) -> None:
+        self._branches: dict[str, Branch] = {}
+        self._order: list[Branch] = []
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Branch:
+        return self._order[index]
+
+    def named(self, name: str) -> Branch | None:
+        """The branch called ``name``, ``None`` if none has been met."""
+        return self._branches.get(name)
+
+    def meet(self, name: str, layer: str, *, rate: float) -> Branch:
+        """The branch called ``name``, new or known."""
+        branch = self._branches.get(name)
+        if branch is None:
+            branch = self._branches[name] = Branch(len(self._order), name, layer, rate)
+            self._order.append(branch)
+        return branch
+
+    def resolve(self, chosen: Iterable[int | str | Branch]) -> frozenset[int]:
+        """Indices of branches given by index, name or object.
+
+        Raises:
+            IndexError: an index is out of range.
+            KeyError: no branch has that name.
+            TypeError: something else was given.
+        """
+        found: set[int] = set()
+        for item in chosen:
+            if isinstance(item, Branch):
+                item = item.name
+            if isinstance(item, bool) or not isinstance(item, (int, str)):
+                raise TypeError(f"A branch is chosen by its index or its name, not by {item!r}.")
+            if isinstance(item, int):
+                if not 0 <= item < len(self):
+                    raise IndexError(
+                        f"There is no branch {item}: the model has {len(self)} residual branches, numbered 0 to "
+                        f"{len(self) - 1} in execution order."
+                    )
+                found.add(item)
+            elif item in self._branches:
+                found.add(self._branches[item].index)
+            else:
+                raise KeyError(_unknown_name(item, self._branches))
+        return frozenset(found)
+
+
+def _unknown_name(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return f"There is no branch named {name!r}; did you mean {', '.join(map(repr, close))}? See backend.branches."

@@ -1,0 +1,86 @@
+"""Inner compilers: what turns one region, or a whole graph, into code."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropbp_fx import _torch
+from dropbp_fx.graph.prune import prune_cache_key, prune_pass
+
+InnerCompiler = str | tuple[_torch.Compiler, _torch.Compiler]
+
+
+@dataclasses.dataclass
+class CompileCounts:
+    """What compiling has cost so far.
+
+    Attributes:
+        graphs: graphs that Dynamo handed over.
+        regions: regions that were different from all before.
+        variants: compiled variants of regions, whole graphs not counted.
+        seconds: time spent in the inner compiler.
+    """
+
+    graphs: int = 0
+    regions: int = 0
+    variants: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """Compiles graphs with the inner compiler the user chose.
+
+    Attributes:
+        inner: "inductor", "aot_eager", or a pair (forward compiler, backward compiler), each a function of a flat ATen
+            graph and its inputs that returns a callable, as for ``torch._dynamo.backends.common.aot_autograd``.
+        options: Inductor configuration, as for ``torch.compile(options=...)``.
+    """
+
+    inner: InnerCompiler
+    options: Mapping[str, Any]
+    counts: CompileCounts
+
+    def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
+        return self._timed(gm, inputs, None)
+
+    def training(self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: Collection[int]) -> Callable[..., Any]:
+        """Compile a region with the gates labelled ``dropped`` pruned from its joint graph."""
+        self.counts.variants += 1
+        return self._timed(gm, inputs, frozenset(dropped))
+
+    def forward_only(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a region (without gates) that will only ever run without gradients."""
+        self.counts.variants += 1
+        with torch.no_grad():
+            return self._timed(gm, inputs, None)
+
+    def _timed(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None
+    ) -> Callable[..., Any]:
+        start = time.perf_counter()
+        try:
+            joint_pass = None if dropped is None else prune_pass(dropped)
+            if self.inner == "inductor":
+                return _torch.compile_with_inductor(
+                    gm,
+                    inputs,
+                    options=self.options,
+                    joint_pass=joint_pass,
+                    cache_key="" if dropped is None else prune_cache_key(dropped),
+                )
+            forward, backward = (
+                (_torch.run_graph_eagerly, _torch.run_graph_eagerly) if isinstance(self.inner, str) else self.inner
+            )
+            return _torch.compile_with_aot_autograd(
+                gm, inputs, forward=forward, backward=backward, joint_pass=joint_pass
+            )
+        finally:
+            self.counts.seconds += time.perf_counter() - start

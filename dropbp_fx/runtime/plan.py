@@ -1,0 +1,131 @@
+"""Plan a pattern: decide for every region which variant runs.
+
+Two sweeps over the regions settle what autograd would do with the pattern: forwards, which values require a gradient
+(below the lowest kept branch of a model with a frozen embedding: none); backwards, which of them receive one (an
+encoder whose every cross-attention is dropped: none). A region that no gradient enters, or that only hands its
+gradient on, runs forward-only; every other region runs the training variant pruned for exactly this situation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.runtime.variants import RegionVariants
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One region's part in a plan.
+
+    Attributes:
+        run: the compiled variant.
+        inputs: slots to read.
+        outputs: slots to write.
+        dead: slots nobody reads after this step.
+        forward_only: run without recording gradients.
+        links: pairs (output position, input slot): that output's gradient is that input's gradient.
+    """
+
+    run: Callable[..., Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    forward_only: bool
+    links: tuple[tuple[int, int], ...]
+
+
+def requires_gradient(program: RegionProgram) -> list[bool]:
+    """For every slot whether its value requires a gradient before any region has run."""
+    required = [False] * program.slots
+    for slot, example in zip(program.inputs, program.examples, strict=True):
+        required[slot] = isinstance(example, torch.Tensor) and example.requires_grad
+    return required
+
+
+def make_plan(
+    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
+) -> tuple[Step, ...]:
+    """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing."""
+    labels = [
+        frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
+        for region in program.regions
+    ]
+    required = requires_gradient(program)
+    reachable: list[list[frozenset[int]]] = []
+    for region, variant, labelled in zip(program.regions, variants, labels, strict=True):
+        sources = [
+            frozenset(k for k in variant.flow.sources(j, labelled) if required[region.inputs[k]])
+            for j in range(len(region.outputs))
+        ]
+        for slot, inputs in zip(region.outputs, sources, strict=True):
+            required[slot] = bool(inputs)
+        reachable.append(sources)
+    live = [False] * program.slots
+    for slot in program.outputs:
+        if isinstance(slot, int):
+            live[slot] = required[slot]
+    live_outputs: list[frozenset[int]] = []
+    for region, sources in zip(reversed(program.regions), reversed(reachable), strict=True):
+        mine = frozenset(j for j, slot in enumerate(region.outputs) if live[slot] and required[slot])
+        for j in mine:
+            for k in sources[j]:
+                live[region.inputs[k]] = True
+        live_outputs.append(mine)
+    live_outputs.reverse()
+    last_read = _last_reads(program)
+    steps: list[Step] = []
+    for number, (region, variant, labelled, mine) in enumerate(
+        zip(program.regions, variants, labels, live_outputs, strict=True)
+    ):
+        links = _links(region.inputs, variant, labelled, mine)
+        if links is not None:
+            run = variant.forward_only()
+        else:
+            wanting = variant.flow.differentiable
+            without = frozenset(
+                k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
+            )
+            run = variant.training((labelled, without, wanting - mine))
+        steps.append(
+            Step(
+                run=run,
+                inputs=region.inputs,
+                outputs=region.outputs,
+                dead=last_read[number],
+                forward_only=links is not None,
+                links=links or (),
+            )
+        )
+    return tuple(steps)
+
+
+def _may_require(example: Any) -> bool:
+    return isinstance(example, torch.Tensor) and example.is_floating_point()
+
+
+def _links(
+    inputs: Sequence[int], variant: RegionVariants, labelled: frozenset[int], live: frozenset[int]
+) -> tuple[tuple[int, int], ...] | None:
+    """How gradients go round a region that computes none; ``None`` if it has to compute some."""
+    links: list[tuple[int, int]] = []
+    for j in sorted(live):
+        source = variant.flow.passes_through(j, labelled)
+        if source is None:
+            return None
+        links.append((j, inputs[source]))
+    return tuple(links)
+
+
+def _last_reads(program: RegionProgram) -> list[tuple[int, ...]]:
+    kept = {slot for slot in program.outputs if isinstance(slot, int)} | set(program.constants)
+    freed: list[tuple[int, ...]] = []
+    for region in reversed(program.regions):
+        dying = [slot for slot in (*region.inputs, *region.outputs) if slot not in kept]
+        freed.append(tuple(dict.fromkeys(dying)))
+        kept.update(dying)
+    return list(reversed(freed))

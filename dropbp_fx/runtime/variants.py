@@ -1,0 +1,128 @@
+"""The compiled variants of one region, each compiled when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropbp_fx import _torch
+from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.gate import GATE
+from dropbp_fx.graph.gradflow import GradientFlow
+from dropbp_fx.graph.regions import Region
+from dropbp_fx.runtime.compiler import Compiler
+
+#: What a variant drops, in order: labels of branches; inputs that want no gradient; outputs that get none.
+VariantKey = tuple[frozenset[int], frozenset[int], frozenset[int]]
+
+
+class RegionVariants:
+    """Compiles and keeps the variants of all regions that share one structure.
+
+    Attributes:
+        flow: which inputs get gradients from which outputs, for any pattern.
+    """
+
+    def __init__(self, region: Region, fake_mode: Any, compiler: Compiler) -> None:
+        self._gm = region.gm
+        self._examples = region.examples
+        self._streams = region.streams
+        self._fake_mode = fake_mode
+        self._compiler = compiler
+        self._lock = threading.Lock()
+        self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
+        compiler.counts.regions += 1
+        with self._tracing(), fake_mode:
+            self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
+
+    def training(self, key: VariantKey) -> Callable[..., Any]:
+        """The variant whose forward records what its pruned backward needs."""
+        return self._get(key, lambda: self._compile_training(key))
+
+    def forward_only(self) -> Callable[..., Any]:
+        """The variant for when no gradient enters the region at all: it saves nothing."""
+        return self._get(None, self._compile_forward_only)
+
+    def _get(self, key: VariantKey | None, compile_variant: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            with self._lock:
+                compiled = self._compiled.get(key)
+                if compiled is None:
+                    with self._tracing():
+                        compiled = compile_variant()
+                    self._compiled[key] = compiled
+        return compiled
+
+    def _compile_training(self, key: VariantKey) -> Callable[..., Any]:
+        dropped, without_gradient, dead = key
+        gm = _copy(self._gm)
+        if dead:
+            _detach_outputs(gm, dead)
+        return self._compiler.training(gm, self._inputs(without_gradient), dropped)
+
+    def _compile_forward_only(self) -> Callable[..., Any]:
+        gm = _copy(self._gm)
+        _remove_gates(gm)
+        return self._compiler.forward_only(gm, self._inputs(None))
+
+    def _tracing(self) -> Any:
+        return _torch.fresh_tracing_context(self._fake_mode)
+
+    def _inputs(self, without_gradient: frozenset[int] | None) -> list[Any]:
+        """Fake leaves like the region's inputs; ``None`` means that no input requires a gradient."""
+        leaves: list[Any] = []
+        for index, example in enumerate(self._examples):
+            if not isinstance(example, torch.Tensor):
+                leaves.append(example)
+                continue
+            wants = example.requires_grad or (index in self._streams and example.is_floating_point())
+            with torch.no_grad():
+                leaf = example.detach()
+            leaves.append(
+                leaf.requires_grad_(wants and without_gradient is not None and index not in without_gradient)
+            )
+        return leaves
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graphs, checkpoint bodies included, may be rewritten; tensors are shared."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    graph.output(graph.graph_copy(gm.graph, values))
+    (old_output,) = (node for node in gm.graph.nodes if node.op == "output")
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    output.meta = dict(old_output.meta)
+    copy = fx.GraphModule(gm, graph)
+    for call, body in list(checkpoint_bodies(copy)):
+        setattr(copy, str(call.args[0].target), _copy(body))  # type: ignore[union-attr]
+    return copy
+
+
+def _remove_gates(gm: fx.GraphModule) -> None:
+    for _, body in checkpoint_bodies(gm):
+        _remove_gates(body)
+    for node in list(gm.graph.nodes):
+        if node.target is GATE:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        elif node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _detach_outputs(gm: fx.GraphModule, dead: frozenset[int]) -> None:
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    values: Sequence[Any] = output.args[0]
+    with gm.graph.inserting_before(output):
+        output.args = (
+            tuple(
+                gm.graph.call_method("detach", (value,)) if index in dead else value
+                for index, value in enumerate(values)
+            ),
+        )
+    gm.recompile()
