@@ -20,56 +20,54 @@ def measure(name: str, shape_name: str, rates: list[float], *, steps: int, warmu
         For each rate the median step in milliseconds (forward, backward, AdamW), the median time the host was busy
         issuing it, and the peak of memory in GiB above what was held before the step; and the first step in seconds.
     """
-    shape = SHAPES[shape_name]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     result: dict[str, Any] = {"contestant": name, "shape": shape_name, "rates": {}}
     for rate in rates:
-        torch.manual_seed(0)
         torch._dynamo.reset()
         gc.collect()
-        with torch.device(device):
-            model = Llama(shape).to(dtype)
-        loss = CONTESTANTS[name](model, rate)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
-        batches = [
-            torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device) for _ in range(4)
-        ]
-        trains = name != "forward only"
-
-        def step(index: int) -> None:
-            value = loss(batches[index % len(batches)])
-            if trains:
-                value.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-        started = time.perf_counter()
-        step(0)
-        _synchronize(device)
-        first = time.perf_counter() - started
-        for index in range(warmup):
-            step(index)
-        _synchronize(device)
-        seconds, host, peaks = [], [], []
-        for index in range(steps):
-            held = _reset_peak(device)
-            _synchronize(device)
-            started = time.perf_counter()
-            step(index)
-            host.append(time.perf_counter() - started)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - started)
-            peaks.append(_peak(device) - held)
-        result["rates"][str(rate)] = {
-            "first_step_s": round(first, 2),
-            "step_ms": round(1e3 * statistics.median(seconds), 3),
-            "step_ms_mean": round(1e3 * statistics.mean(seconds), 3),
-            "host_ms": round(1e3 * statistics.median(host), 3),
-            "activation_gib": round(statistics.median(peaks) / 2**30, 3),
-        }
-        del model, optimizer, loss, trainable, step
+        result["rates"][str(rate)] = _measure_rate(name, shape_name, rate, steps, warmup, device)
     return result
+
+
+def _measure_rate(name: str, shape_name: str, rate: float, steps: int, warmup: int, device: str) -> dict[str, float]:
+    shape = SHAPES[shape_name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Llama(shape).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    loss = CONTESTANTS[name](model, rate)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
+    batches = [torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device) for _ in range(4)]
+
+    def step(index: int) -> None:
+        value = loss(batches[index % len(batches)])
+        if value.requires_grad:
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    started = time.perf_counter()
+    step(0)
+    _synchronize(device)
+    first = time.perf_counter() - started
+    for index in range(warmup):
+        step(index)
+    seconds, host, peaks = [], [], []
+    for index in range(steps):
+        _synchronize(device)
+        held = _reset_peak(device)
+        started = time.perf_counter()
+        step(index)
+        host.append(time.perf_counter() - started)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        peaks.append(_peak(device) - held)
+    return {
+        "first_step_s": round(first, 2),
+        "step_ms": round(1e3 * statistics.median(seconds), 3),
+        "step_ms_mean": round(1e3 * statistics.mean(seconds), 3),
+        "host_ms": round(1e3 * statistics.median(host), 3),
+        "activation_gib": round(statistics.median(peaks) / 2**30, 3),
+    }
 
 
 def _synchronize(device: str) -> None:

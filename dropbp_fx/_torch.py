@@ -31,7 +31,8 @@ JointPass = Callable[[fx.Graph], None]
 @contextlib.contextmanager
 def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
     """Give one region its own tracing context: AOTAutograd writes per-graph metadata into the current one, and a
-    variant compiled after Dynamo has returned has none."""
+    variant compiled after Dynamo has returned has none.
+    """
     from torch._guards import TracingContext, tracing
 
     with tracing(TracingContext(fake_mode)):
@@ -82,7 +83,8 @@ def compile_with_inductor(
     patches = dict(options)
     if joint_pass is not None:
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
-    return compile_fx(gm, list(inputs), config_patches=patches)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled
 
 
 def compile_with_aot_autograd(
@@ -101,19 +103,22 @@ def compile_with_aot_autograd(
         if joint_pass is not None:
             joint_pass(joint.graph)
             joint.recompile()
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        forward_graph, backward_graph = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        return forward_graph, backward_graph
 
     backend = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, partition_fn=partition, keep_inference_input_mutations=True
     )
-    return backend(gm, list(inputs))
+    compiled: Callable[..., Any] = backend(gm, list(inputs))
+    return compiled
 
 
 def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """The inner compiler of ``inner="aot_eager"``: run the traced graph as it is, freeing inputs as it goes."""
     from torch._dynamo.backends.debugging import boxed_nop
 
-    return boxed_nop(gm, list(inputs))
+    run: Callable[..., Any] = boxed_nop(gm, list(inputs))
+    return run
 
 
 def inductor_option_names() -> frozenset[str]:
@@ -139,8 +144,8 @@ class ModuleState:
 
 
 def _source_name(source: Any) -> str:
-    name = source.name
-    return name() if callable(name) else name  # a method up to torch 2.11, a property since
+    name = source.name  # a method in older releases, a property since
+    return str(name() if callable(name) else name)
 
 
 def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
@@ -169,7 +174,7 @@ def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
     def evaluate(name: str) -> torch.nn.Module | None:
         if name not in module_of:
             try:
-                value = eval(name, scope)  # noqa: S307 - Dynamo's own expression for an object of the user's frame
+                value = eval(name, scope)
             except Exception:  # an expression that only Dynamo's guards can evaluate
                 value = None
             module_of[name] = value if isinstance(value, torch.nn.Module) else None
@@ -203,8 +208,8 @@ def checkpoint_operator() -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide what compiled code looks like."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("triton", "transformers"):
         with contextlib.suppress(ImportError):
-            found[name] = importlib.import_module(name).__version__
+            found[name] = str(importlib.import_module(name).__version__)
     return found

@@ -123,9 +123,7 @@ class DropBPBackend:
         self._state.variants.clear()
         self._state.runners.clear()
 
-    def _meet(
-        self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]
-    ) -> tuple[list[Branch], list[int]]:
+    def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[list[Branch], list[int]]:
         """Enter the graph's branches into the table; tell which of them this graph may drop."""
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         training_mode = _torch.guard_training_mode(placeholders)
@@ -140,7 +138,9 @@ class DropBPBackend:
             met.append(self._state.schedule.meet(name.name, name.layer, trainable=trainable, droppable=drops))
             if drops:
                 droppable.append(position)
-            log.info("residual branch %s in layer %s%s", name.name, name.layer, "" if drops else " (never dropped here)")
+            log.info(
+                "residual branch %s in layer %s%s", name.name, name.layer, "" if drops else " (never dropped here)"
+            )
         return met, droppable
 
     def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:

@@ -140,7 +140,7 @@ def normalise_inplace_adds(gm: fx.GraphModule) -> int:
                 if position[user] > position[node]:
                     user.replace_input_with(mutated, node)
                     changed = True
-            storage = _storage(mutated)
+            storage = storage_of(example_value(mutated))
             sharing = aliases.get(storage, []) if storage is not None else []
             observed = any(
                 other.op == "placeholder" or any(position[user] > position[node] for user in other.users)
@@ -236,8 +236,8 @@ def _search(
     for node in graph.nodes:
         if node in bodies:
             _search(bodies[node], bodies[node].graph, anchor or node, found, rejected)
-        for branch in by_addition.get(node, ()):
-            found.append(branch if anchor is None else dataclasses.replace(branch, anchor=anchor))
+        mine = by_addition.get(node, ())
+        found.extend(mine if anchor is None else (dataclasses.replace(branch, anchor=anchor) for branch in mine))
 
 
 @dataclasses.dataclass
@@ -354,9 +354,7 @@ class _GraphSearch:
                 return node
             (node,) = parents
 
-    def _innermost_stream_adds(
-        self, candidates: Iterable[_Candidate], rejected: list[RejectedAdd]
-    ) -> list[_Candidate]:
+    def _innermost_stream_adds(self, candidates: Iterable[_Candidate], rejected: list[RejectedAdd]) -> list[_Candidate]:
         accepted: list[_Candidate] = []
         ordered = sorted(candidates, key=lambda c: c.body.bit_count())
         additions = 0
@@ -492,12 +490,12 @@ def _scales_only(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _SCALING_METHODS
 
 
-def _storage(node: fx.Node) -> int | None:
-    value = example_value(node)
+def storage_of(value: Any) -> int | None:
+    """An identity of a (fake) tensor's memory, ``None`` for what has none of its own."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
-        return value.untyped_storage()._cdata
+        return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
         return None
 
@@ -505,7 +503,7 @@ def _storage(node: fx.Node) -> int | None:
 def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     groups: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        storage = _storage(node)
+        storage = storage_of(example_value(node))
         if storage is not None:
             groups.setdefault(storage, []).append(node)
     return groups

@@ -131,11 +131,8 @@ class GradientFlow:
                     plain_add=grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1,
                 )
             )
-        for leaf in input_leaf:
-            nodes.append(_AutogradNode(next=(), label=None, leaf=leaf, plain_add=False))
-        settled = [
-            len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots
-        ]
+        nodes.extend(_AutogradNode(next=(), label=None, leaf=leaf, plain_add=False) for leaf in input_leaf)
+        settled = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
         identity = frozenset(
             (j, k)
             for j, value in enumerate(outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os.path
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ def name_branches(branches: Sequence[ResidualBranch]) -> tuple[BranchName, ...]:
             head, _, last = path.rpartition(".")
             if last.isdigit():
                 kinds.setdefault(head, set()).add(kind)
-    names = [_plain_name(branch, stack, index) for index, (branch, stack) in enumerate(zip(branches, stacks, strict=True))]
+    names = [
+        _plain_name(branch, stack, index) for index, (branch, stack) in enumerate(zip(branches, stacks, strict=True))
+    ]
     layers = [_layer(stack, kinds, name) for stack, name in zip(stacks, names, strict=True)]
     repeated = Counter(names)
     seen: Counter[str] = Counter()
@@ -128,5 +130,9 @@ def _layer(stack: _Stack, kinds: dict[str, set[str]], name: str) -> str:
         if last.isdigit() and len(kinds[head]) == 1:
             return path
     around = [path for path in stack.of_add if path]
-    common = os.path.commonprefix([name.split("."), around[-1].split(".")]) if around else []
-    return ".".join(common) or name
+    if not around:
+        return name
+    pairs = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(name.split("."), around[-1].split("."), strict=False)
+    )
+    return ".".join(part for part, _ in pairs) or name

@@ -10,6 +10,7 @@ pattern of a deep model is composed from a handful of compiled variants.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.passes.split_module import split_module
 
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value
+from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, storage_of
 from dropbp_fx.graph.gate import GATE
 
 _MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
@@ -93,9 +94,7 @@ def split_into_regions(
             for node in gates[index]:
                 node.args = (node.args[0], local)
     names = {node: node.name for node in gm.graph.nodes}
-    split = split_module(
-        gm, None, lambda node: region_of[node], keep_original_order=True, tuple_return=True
-    )
+    split = split_module(gm, gm, lambda node: region_of[node], keep_original_order=True)
     stream_names = [{names[branches[index].skip] for index in group} for group in members]
     return _read_program(split, members, stream_names)
 
@@ -190,11 +189,11 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         crossable = isinstance(value, (torch.Tensor, torch.SymInt, int)) and not isinstance(value, bool)
         if node.target not in _MODE_CHANGES and users and not crossable:
             forbid(at + 1, max(users))
-        storage = _storage_of(value)
+        storage = storage_of(value)
         if storage is not None:
             born.setdefault(storage, at)
         for target in _mutated(node):
-            mutated = _storage_of(example_value(target))
+            mutated = storage_of(example_value(target))
             if target in position and mutated is not None and mutated in born:
                 forbid(born[mutated] + 1, at)
     allowed, depth = [], 0
@@ -204,18 +203,9 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
     return allowed
 
 
-def _storage_of(value: Any) -> int | None:
-    if not isinstance(value, torch.Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
-        return None
-
-
 def _mutated(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensor an operation writes into, by PyTorch's naming of in-place operations."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     written: list[Any] = [node.kwargs.get("out")]
     inplace = name.endswith("_") and not name.endswith("__")
     inplace |= name in {"setitem", "__setitem__"} or (name.startswith("__i") and name.endswith("__"))
@@ -239,8 +229,10 @@ def _read_program(
     calls: dict[fx.Node, list[int]] = {}
     outputs: tuple[int | list[Any], ...] = ()
 
+    numbers = itertools.count()
+
     def new_slot() -> int:
-        return len(slot_of) + sum(map(len, calls.values()))
+        return next(numbers)
 
     for node in split.graph.nodes:
         if node.op == "placeholder":
@@ -254,13 +246,15 @@ def _read_program(
         elif node.op == "call_module":
             number = int(str(node.target).removeprefix("submod_"))
             region_gm = getattr(split, str(node.target))
+            returns_one = _return_tuple(region_gm.graph)
             _settle_grad_mode(region_gm.graph)
             region_gm.recompile()
             placeholders = [n for n in region_gm.graph.nodes if n.op == "placeholder"]
             made: list[int] = []
             calls[node] = made
-            for _ in _output_values(region_gm.graph):
-                made.append(new_slot())
+            made.extend(new_slot() for _ in _output_values(region_gm.graph))
+            if returns_one:
+                slot_of[node] = made[0]
             regions.append(
                 Region(
                     gm=region_gm,
@@ -277,13 +271,21 @@ def _read_program(
             outputs = tuple(
                 slot_of[argument] if isinstance(argument, fx.Node) else [argument] for argument in node.args[0]
             )
-    slots = 1 + max([*slot_of.values(), *(slot for made in calls.values() for slot in made)], default=-1)
-    return RegionProgram(tuple(regions), slots, tuple(inputs), tuple(examples), constants, outputs)
+    return RegionProgram(tuple(regions), next(numbers), tuple(inputs), tuple(examples), constants, outputs)
 
 
-def _output_values(graph: fx.Graph) -> Sequence[Any]:
+def _return_tuple(graph: fx.Graph) -> bool:
+    """Make a region return a tuple; tell whether it returned a bare value (torch 2.11 cannot be asked not to)."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    return output.args[0]
+    bare = isinstance(output.args[0], fx.Node)
+    if bare:
+        output.args = ((output.args[0],),)
+    return bare
+
+
+def _output_values(graph: fx.Graph) -> tuple[Any, ...]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return tuple(output.args[0])
 
 
 def _settle_grad_mode(graph: fx.Graph) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dropbp_fx.graph.branches import storage_of
+
 
 def structural_key(gm: fx.GraphModule, examples: Sequence[Any], streams: frozenset[int]) -> Hashable:
     """A key that is equal for two regions exactly when one's compiled code is right for the other.
@@ -19,9 +21,7 @@ def structural_key(gm: fx.GraphModule, examples: Sequence[Any], streams: frozens
     others. Keys compare within one process only (they hold function objects).
     """
     storages: dict[int, int] = {}
-    inputs = tuple(
-        _input_key(value, index in streams, storages) for index, value in enumerate(examples)
-    )
+    inputs = tuple(_input_key(value, index in streams, storages) for index, value in enumerate(examples))
     return inputs, _graph_key(gm), _ambient_key()
 
 
@@ -58,10 +58,8 @@ def _constant_key(value: Any, number: dict[fx.Node, int]) -> Hashable:
 
 def _input_key(value: Any, is_stream: bool, storages: dict[int, int]) -> Hashable:
     if isinstance(value, torch.Tensor):
-        try:
-            storage = storages.setdefault(value.untyped_storage()._cdata, len(storages))
-        except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
-            storage = -1
+        memory = storage_of(value)
+        storage = -1 if memory is None else storages.setdefault(memory, len(storages))
         return (
             type(value).__name__,
             isinstance(value, torch.nn.Parameter),

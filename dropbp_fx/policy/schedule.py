@@ -107,14 +107,13 @@ class Schedule:
             ValueError: a loaded state does not know the branch.
         """
         with self._lock:
-            if self._expected is not None and self.branches.named(name) is None:
-                if self._strict_state:
-                    known = ", ".join(branch.name for branch in list(self.branches)[:3])
-                    raise ValueError(
-                        f"The loaded state does not fit this model: the model has a branch named {name!r}, the state "
-                        f"has {len(self.branches)} branches ({known}, ...) without it. Load the state of the same "
-                        "model, or pass strict=False to load_state_dict."
-                    )
+            if self._expected is not None and self._strict_state and self.branches.named(name) is None:
+                known = ", ".join(branch.name for branch in list(self.branches)[:3])
+                raise ValueError(
+                    f"The loaded state does not fit this model: the model has a branch named {name!r}, the state "
+                    f"has {len(self.branches)} branches ({known}, ...) without it. Load the state of the same "
+                    "model, or pass strict=False to load_state_dict."
+                )
             branch = self.branches.meet(name, layer, rate=self._rate)
             if self._expected is not None:
                 self._expected.discard(name)
@@ -207,7 +206,9 @@ class Schedule:
         groups = self._units([b for b in self.branches if b.droppable])
         rates = effective_rates([unit for unit, _ in groups])
         size = sum(len(indices) for _, indices in groups)
-        return sum(rate * len(indices) for rate, (_, indices) in zip(rates, groups, strict=True)) / size if size else 0.0
+        return (
+            sum(rate * len(indices) for rate, (_, indices) in zip(rates, groups, strict=True)) / size if size else 0.0
+        )
 
     def realised_rate(self) -> float:
         """The share of (branch, training forward) pairs that was dropped, of those that could be."""
@@ -279,8 +280,8 @@ class Schedule:
         if self._expected and self._strict_state and self._thread.round.number:
             missing = sorted(self._expected)
             raise ValueError(
-                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such as "
-                f"{missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
+                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such "
+                f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
                 "load_state_dict."
             )
 

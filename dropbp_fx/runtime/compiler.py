@@ -62,9 +62,7 @@ class Compiler:
         with torch.no_grad():
             return self._timed(gm, inputs, None)
 
-    def _timed(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None
-    ) -> Callable[..., Any]:
+    def _timed(self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None) -> Callable[..., Any]:
         start = time.perf_counter()
         try:
             joint_pass = None if dropped is None else prune_pass(dropped)

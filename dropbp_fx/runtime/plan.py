@@ -47,9 +47,7 @@ def requires_gradient(program: RegionProgram) -> list[bool]:
     return required
 
 
-def make_plan(
-    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
-) -> tuple[Step, ...]:
+def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]) -> tuple[Step, ...]:
     """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing."""
     labels = [
         frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
@@ -66,9 +64,9 @@ def make_plan(
             required[slot] = bool(inputs)
         reachable.append(sources)
     live = [False] * program.slots
-    for slot in program.outputs:
-        if isinstance(slot, int):
-            live[slot] = required[slot]
+    for returned in program.outputs:
+        if isinstance(returned, int):
+            live[returned] = required[returned]
     live_outputs: list[frozenset[int]] = []
     for region, sources in zip(reversed(program.regions), reversed(reachable), strict=True):
         mine = frozenset(j for j, slot in enumerate(region.outputs) if live[slot] and required[slot])

@@ -83,9 +83,7 @@ class RegionVariants:
             wants = example.requires_grad or (index in self._streams and example.is_floating_point())
             with torch.no_grad():
                 leaf = example.detach()
-            leaves.append(
-                leaf.requires_grad_(wants and without_gradient is not None and index not in without_gradient)
-            )
+            leaves.append(leaf.requires_grad_(wants and without_gradient is not None and index not in without_gradient))
         return leaves
 
 
