@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -83,8 +83,7 @@ def compile_with_inductor(
     patches = dict(options)
     if joint_pass is not None:
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
-    return compiled
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
 
 
 def compile_with_aot_autograd(
@@ -109,16 +108,14 @@ def compile_with_aot_autograd(
     backend = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, partition_fn=partition, keep_inference_input_mutations=True
     )
-    compiled: Callable[..., Any] = backend(gm, list(inputs))
-    return compiled
+    return backend(gm, list(inputs))
 
 
 def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """The inner compiler of ``inner="aot_eager"``: run the traced graph as it is, freeing inputs as it goes."""
     from torch._dynamo.backends.debugging import boxed_nop
 
-    run: Callable[..., Any] = boxed_nop(gm, list(inputs))
-    return run
+    return boxed_nop(gm, list(inputs))
 
 
 def inductor_option_names() -> frozenset[str]:

@@ -69,7 +69,8 @@ class ResidualBranch:
         output: the node of ``h``.
         addition: the outermost add of the (possibly parallel) sum that ``h`` goes into.
         consumer: the add that takes ``h`` as an operand.
-        body: nodes from after ``skip`` to ``output``: descendants of the one, ancestors of the other.
+        body: nodes from after ``skip`` to ``output``: descendants of the one and ancestors of the other, and what is
+            computed on the way for the branch alone (a cross-attention's keys and values of the encoder's output).
         escapes: pairs (node of the body, user outside of it) through which a value leaves for the graph's outputs alone,
             such as a key/value cache.
         anchor: the node of the *top* graph that holds the branch: ``addition``, or the checkpoint that contains it.
@@ -291,6 +292,8 @@ class _GraphSearch:
             candidates.extend(mine)
         accepted = self._innermost_stream_adds(candidates, rejected)
         accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.output]))
+        for candidate in accepted:
+            candidate.body |= self._private(candidate)
         branches = [
             ResidualBranch(
                 graph=self.graph,
@@ -392,6 +395,24 @@ class _GraphSearch:
                 reached |= 1 << index
         return reached
 
+    def _private(self, candidate: _Candidate) -> int:
+        """What is computed after the skip for the branch alone: every use is inside it or leads to outputs only."""
+        start = self.position[candidate.skip]
+        above = self.ancestors[self.position[candidate.output]] & ~candidate.body & ~((2 << start) - 1)
+        members = candidate.body
+        after = self.descendants[self.position[candidate.addition]]
+        for index in sorted(self._indices(above), reverse=True):
+            if self.nodes[index].op not in ("placeholder", "get_attr") and all(
+                members >> self.position[user] & 1 or self._leads_out(user, after) for user in self.nodes[index].users
+            ):
+                members |= 1 << index
+        return members
+
+    def _leads_out(self, user: fx.Node, after: int) -> bool:
+        """Whether everything computed from ``user`` goes to graph outputs without meeting what follows the add."""
+        index = self.position[user]
+        return user.op == "output" or bool(self.parents[index] and not self.descendants[index] & after)
+
     def _escapes(self, candidate: _Candidate) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Edges out of the body whose values reach graph outputs without meeting anything computed from the sum."""
         after = self.descendants[self.position[candidate.addition]]
@@ -404,7 +425,7 @@ class _GraphSearch:
                 inside = candidate.body >> index & 1 or user is candidate.consumer
                 if inside or after >> index & 1:
                     continue
-                if user.op == "output" or (self.parents[index] and not self.descendants[index] & after):
+                if self._leads_out(user, after):
                     yield node, user
 
     def _members(self, bits: int) -> Iterator[fx.Node]:

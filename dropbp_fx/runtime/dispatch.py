@@ -26,6 +26,7 @@ class _GradientLink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, output: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
@@ -100,6 +101,8 @@ def _run_step(step: Step, values: list[Any]) -> None:
     else:
         with torch.no_grad():
             outputs = step.run(*inputs)
+    if step.undefined is not None:
+        step.undefined.watch(inputs, outputs)
     for slot, value in zip(step.outputs, outputs, strict=True):
         values[slot] = value
     for (position, _), source in zip(step.links, sources, strict=True):

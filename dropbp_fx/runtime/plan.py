@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.runtime.undefined import UndefinedGradients
 from dropbp_fx.runtime.variants import RegionVariants
 
 
@@ -29,6 +30,7 @@ class Step:
         dead: slots nobody reads after this step.
         forward_only: run without recording gradients.
         links: pairs (output position, input slot): that output's gradient is that input's gradient.
+        undefined: tells gradients that do not exist from zero ones, where the caller may leave an output unused.
     """
 
     run: Callable[..., Any]
@@ -37,6 +39,7 @@ class Step:
     dead: tuple[int, ...]
     forward_only: bool
     links: tuple[tuple[int, int], ...]
+    undefined: UndefinedGradients | None
 
 
 def requires_gradient(program: RegionProgram) -> list[bool]:
@@ -75,12 +78,14 @@ def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], droppe
                 live[region.inputs[k]] = True
         live_outputs.append(mine)
     live_outputs.reverse()
+    several_outputs = sum(live[slot] for slot in {slot for slot in program.outputs if isinstance(slot, int)}) > 1
     last_read = _last_reads(program)
     steps: list[Step] = []
     for number, (region, variant, labelled, mine) in enumerate(
         zip(program.regions, variants, labels, live_outputs, strict=True)
     ):
         links = _links(region.inputs, variant, labelled, mine)
+        undefined = None
         if links is not None:
             run = variant.forward_only()
         else:
@@ -89,6 +94,7 @@ def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], droppe
                 k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
             )
             run = variant.training((labelled, without, wanting - mine))
+            undefined = UndefinedGradients(variant.flow, labelled, mine) if several_outputs else None
         steps.append(
             Step(
                 run=run,
@@ -97,6 +103,7 @@ def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], droppe
                 dead=last_read[number],
                 forward_only=links is not None,
                 links=links or (),
+                undefined=undefined,
             )
         )
     return tuple(steps)
