@@ -83,7 +83,7 @@ def compile_with_inductor(
     patches = dict(options)
     if joint_pass is not None:
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+    return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches))
 
 
 def compile_with_aot_autograd(

@@ -105,7 +105,6 @@ class DropBPBackend:
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
         compiler = Compiler(self._config.inner, inductor, self._state.counts)
-        compiler.counts.graphs += 1
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
@@ -113,10 +112,14 @@ class DropBPBackend:
         met, droppable = self._meet(gm, search.branches)
         self._report_absence(gm, search.branches)
         if not droppable:
-            return compiler.whole(gm, example_inputs)
+            compiled = compiler.whole(gm, example_inputs)
+            compiler.counts.graphs += 1
+            return compiled
         branches = [search.branches[position] for position in droppable]
         indices = [met[position].index for position in droppable]
-        return self._compile_regions(gm, branches, indices, compiler)
+        runner = self._compile_regions(gm, branches, indices, compiler)
+        compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
+        return runner
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""

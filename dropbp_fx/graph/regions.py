@@ -87,6 +87,7 @@ def split_into_regions(
 ) -> RegionProgram:
     """Split a gated graph into regions."""
     _hoist_getitems(gm.graph)
+    _repeat_items(gm.graph)
     order = [node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     region_of, members = _assign(order, branches, gates)
     for group in members:
@@ -125,6 +126,21 @@ def _hoist_getitems(graph: fx.Graph) -> None:
             for user in reversed(list(node.users)):
                 if user.op == "call_function" and user.target is operator.getitem and user.args[0] is node:
                     node.append(user)
+
+
+def _repeat_items(graph: fx.Graph) -> None:
+    """Read a number out of a tensor anew for each use: under ``dynamic=True`` Dynamo passes Python floats as tensors,
+    and a region can take the tensor but not the symbol.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "item":
+            for user in list(node.users)[1:]:
+                with graph.inserting_before(user):
+                    again = graph.node_copy(node, lambda argument: argument)
+                user.replace_input_with(node, again)
+            first = next(iter(node.users), None)
+            if first is not None:
+                first.prepend(node)
 
 
 def _assign(

@@ -36,7 +36,8 @@ class RegionVariants:
         self._lock = threading.Lock()
         self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
         compiler.counts.regions += 1
-        with self._tracing(), fake_mode:
+        hide_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+        with self._tracing(), fake_mode, hide_hooks:  # the user's hooks must not see fake tensors
             self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
 
     def training(self, key: VariantKey) -> Callable[..., Any]:
@@ -81,9 +82,12 @@ class RegionVariants:
                 leaves.append(example)
                 continue
             wants = example.requires_grad or (index in self._streams and example.is_floating_point())
+            if not wants:  # as it is: a Python number that Dynamo wrapped remembers its symbol on this very object
+                leaves.append(example)
+                continue
             with torch.no_grad():
                 leaf = example.detach()
-            leaves.append(leaf.requires_grad_(wants and without_gradient is not None and index not in without_gradient))
+            leaves.append(leaf.requires_grad_(without_gradient is not None and index not in without_gradient))
         return leaves
 
 
