@@ -8,6 +8,7 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
 
@@ -196,6 +197,17 @@ def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
         training[node] = module.training
     return training
+
+
+def in_backward() -> bool:
+    """Whether this thread is running an autograd backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def in_checkpoint_recomputation() -> bool:
+    """Whether this thread is recomputing a non-reentrant ``torch.utils.checkpoint`` (its hooks are the topmost)."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return bool(hooks) and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def checkpoint_operator() -> Any:

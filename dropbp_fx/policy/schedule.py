@@ -146,6 +146,11 @@ class Schedule:
         return next((b.index for b in self.branches if b.droppable), min(mine, default=0))
 
     def _pinned(self) -> frozenset[int] | None:
+        """What the innermost :meth:`override` of this thread drops, ``None`` outside of one.
+
+        Raises:
+            ValueError: everything trainable would be dropped.
+        """
         if not self._thread.overrides:
             return None
         override = self._thread.overrides[-1]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.plan import Step, make_plan
+from dropbp_fx.runtime.recompute import PatternMemory
 from dropbp_fx.runtime.variants import RegionVariants
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
@@ -52,11 +54,14 @@ class RegionRunner:
         self._program = program
         self._variants = tuple(variants)
         self._draw = draw
+        self._memory = PatternMemory(program.examples)
         self._plans: collections.OrderedDict[frozenset[int], tuple[Step, ...]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        steps = self._plan(self._draw())
+        key = self._memory.key(arguments)
+        pattern = self._pattern(key)
+        steps = self._plan(pattern)
         values: list[Any] = [None] * self._program.slots
         for slot, value in zip(self._program.inputs, arguments, strict=True):
             values[slot] = value
@@ -65,7 +70,22 @@ class RegionRunner:
         del arguments
         for step in steps:
             _run_step(step, values)
-        return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+        outputs = tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+        self._memory.remember(key, outputs, pattern)
+        return outputs
+
+    def _pattern(self, key: Hashable) -> frozenset[int]:
+        if _torch.in_backward():
+            repeated = self._memory.recall(key)
+            if repeated is not None:
+                return repeated
+            if _torch.in_checkpoint_recomputation():
+                raise RuntimeError(
+                    "A checkpointed block is being recomputed on other tensors than its forward read, so the pattern of "
+                    "that forward cannot be told. Do not move a checkpoint's inputs between forward and backward, or "
+                    "compile the model with the checkpoints inside."
+                )
+        return self._draw()
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""
