@@ -7,6 +7,7 @@ uses public APIs and the functions below.
 | --- | --- |
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
+| ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
@@ -38,6 +39,14 @@ def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
 
     with tracing(TracingContext(fake_mode)):
         yield
+
+
+def compile_lock() -> contextlib.AbstractContextManager[Any]:
+    """The lock under which Dynamo compiles: tracing and its configuration are global, so a variant that is compiled
+    from a running forward must not overlap with another thread's compilation."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
 
 
 def fake_mode_of(values: Iterable[Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -230,7 +229,7 @@ class DropBPBackend:
             IndexError, KeyError, TypeError: the model has no such branch.
             ValueError: everything trainable would be dropped.
         """
-        if isinstance(dropped, (str, int, Branch)):
+        if isinstance(dropped, str) or not isinstance(dropped, Iterable):
             raise TypeError(f"pinned() takes a list of branches; for one branch pass [{dropped!r}].")
         return self._state.schedule.override(dropped)
 
@@ -282,7 +281,9 @@ class DropBPBackend:
             return NotImplemented
         if self._state is other._state:
             return True
-        return self._config == other._config and not self._is_used() and not other._is_used()
+        return (
+            self._config == other._config and self.rate == other.rate and not self._is_used() and not other._is_used()
+        )
 
     def __hash__(self) -> int:
         return hash((self._config.rate, self._config.granularity, self._config.seed, self._config.strict))
@@ -380,13 +381,13 @@ def dropbp(
             f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(_OPTION_NAMES)}. Options "
             "for Inductor go into the option named 'options'."
         )
-    inductor = tuple(sorted(dict(named.pop("options", None) or {}).items()))
-    return _named_backend(tuple(sorted(named.items())), inductor)(gm, example_inputs, mode=mode)
+    config = dropbp_backend(**named)._config  # checked before anything is looked up: as keys, False and 0 are equal
+    backend = next((known for known in _named_backends if known._config == config), None)
+    if backend is None:
+        backend = DropBPBackend(config)
+        _named_backends.append(backend)
+    return backend(gm, example_inputs, mode=mode)
 
 
+_named_backends: list[DropBPBackend] = []
 _OPTION_NAMES = ("rate", "granularity", "inner", "options", "seed", "strict")
-
-
-@functools.cache
-def _named_backend(named: tuple[tuple[str, Any], ...], inductor: tuple[tuple[str, Any], ...]) -> DropBPBackend:
-    return dropbp_backend(**dict(named), options=dict(inductor))

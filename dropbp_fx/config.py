@@ -97,10 +97,12 @@ def checked_inductor_options(options: Mapping[str, Any] | None, inner: InnerComp
         TypeError: not a mapping from strings.
         ValueError: an option Inductor does not have, or options for another inner compiler.
     """
-    if not options:
+    if options is None:
         return ()
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise TypeError(f"options must map names of Inductor options to values, not {options!r}.")
+    if not options:
+        return ()
     if inner != "inductor":
         raise ValueError(f"options go to Inductor, but inner={inner!r}. Drop the options, or use inner='inductor'.")
     known = _torch.inductor_option_names()

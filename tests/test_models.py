@@ -405,7 +405,7 @@ def test_autocast_around_the_call() -> None:
     run = torch.compile(model, backend=backend)
 
     def loss(m: Any) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return language_loss(m)
 
     assert_exact(

@@ -36,19 +36,16 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
     Returns:
         The number of nodes removed, gates not counted.
     """
-    before = len(graph.nodes)
-    gates = 0
+    before = [node for node in graph.nodes if node.target not in (GATE, GATE_BACKWARD)]
     carriers = _gradient_carriers(graph)
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op == "output":
             _drop_zero_gradients(node, zero)
         elif node.target is GATE:
-            gates += 1
             node.replace_all_uses_with(_argument(node, 0))
             graph.erase_node(node)
         elif node.target is GATE_BACKWARD:
-            gates += 1
             gradient = _argument(node, 0)
             if _argument(node, 1) in dropped or gradient in zero:
                 zero.add(node)
@@ -63,7 +60,8 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
-    return before - len(graph.nodes) - gates
+    left = set(graph.nodes)
+    return sum(node not in left for node in before)
 
 
 def prune_pass(dropped: Collection[int]) -> Callable[[fx.Graph], None]:
@@ -114,11 +112,14 @@ def _propagate(graph: fx.Graph, node: fx.Node, carriers: set[fx.Node], zero: set
         return
     with graph.inserting_before(node):
         for parent in vanished:
-            node.replace_input_with(parent, _explicit_zeros(graph, parent))
+            node.replace_input_with(parent, _explicit_zeros(graph, parent, carriers))
 
 
 def _other_summand(node: fx.Node, vanished: list[fx.Node]) -> fx.Node | None:
-    """The summand that is left of ``add(zero, g)``, if it already has the sum's shape, strides aside, and dtype."""
+    """The summand that is left of ``add(zero, g)``, if it already is laid out like the sum.
+
+    Strides count: a view of the sum further on was traced for the sum's own.
+    """
     if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
         return None
     left, right = node.args
@@ -128,11 +129,11 @@ def _other_summand(node: fx.Node, vanished: list[fx.Node]) -> fx.Node | None:
     value, total = survivor.meta.get("val"), node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(total, torch.Tensor):
         return None
-    same = value.shape == total.shape and value.dtype == total.dtype and value.device == total.device
-    return survivor if same else None
+    same = value.dtype == total.dtype and value.device == total.device and value.shape == total.shape
+    return survivor if same and value.stride() == total.stride() else None
 
 
-def _explicit_zeros(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _explicit_zeros(graph: fx.Graph, node: fx.Node, carriers: set[fx.Node]) -> fx.Node:
     """Zeros of ``node``'s shape that do not depend on ``node``, for an operator that also takes a gradient that is left."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
@@ -141,18 +142,29 @@ def _explicit_zeros(graph: fx.Graph, node: fx.Node) -> fx.Node:
             f"gradients needs an explicit value, but its value is a {type(value).__name__}, not a tensor. Please report "
             "the model; backend.disabled() trains it without dropping."
         )
-    sizes = [_size_argument(graph, size, node) for size in value.shape]
+    sizes = [_size_argument(graph, size, node, carriers) for size in value.shape]
+    # The operator's own layout follows its inputs', and later views were traced for it: keep the order of dimensions.
+    order = sorted(range(value.dim()), key=lambda dim: value.stride(dim), reverse=True)
+    repeated = [value.stride(dim) == 0 and value.shape[dim] != 1 for dim in range(value.dim())]
+    stored = value.detach().new_empty([1 if repeated[dim] else value.shape[dim] for dim in order])
     zeros = graph.call_function(
         torch.ops.aten.full.default,
-        (sizes, 0),
+        ([1 if repeated[dim] else sizes[dim] for dim in order], 0),
         {"dtype": value.dtype, "device": value.device, "layout": value.layout, "pin_memory": False},
     )
-    zeros.meta["val"] = value.detach()
+    zeros.meta["val"] = stored
+    if order != sorted(order):
+        back = [order.index(dim) for dim in range(value.dim())]
+        zeros = graph.call_function(torch.ops.aten.permute.default, (zeros, back))
+        zeros.meta["val"] = stored = stored.permute(back)
+    if any(repeated):
+        zeros = graph.call_function(torch.ops.aten.expand.default, (zeros, sizes))
+        zeros.meta["val"] = stored.expand(value.shape)
     return zeros
 
 
-def _size_argument(graph: fx.Graph, size: int | torch.SymInt, before: fx.Node) -> Any:
-    """``size`` as an argument: itself, or for a symbol a node that computes it from the forward pass."""
+def _size_argument(graph: fx.Graph, size: int | torch.SymInt, before: fx.Node, carriers: set[fx.Node]) -> Any:
+    """``size`` as an argument: itself, or for a symbol a node that computes it, if possible from the forward pass."""
     if isinstance(size, int):
         return size
     wanted = size.node.expr
@@ -160,9 +172,9 @@ def _size_argument(graph: fx.Graph, size: int | torch.SymInt, before: fx.Node) -
         if node is before:
             break
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr == wanted:
+        if isinstance(value, torch.SymInt) and value.node.expr == wanted and node not in carriers:
             return node
-        if isinstance(value, torch.Tensor) and node.op == "placeholder":
+        if isinstance(value, torch.Tensor) and (node.op == "placeholder" or node not in carriers):
             for dim, length in enumerate(value.shape):
                 if isinstance(length, torch.SymInt) and length.node.expr == wanted:
                     found = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))

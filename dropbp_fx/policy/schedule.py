@@ -23,6 +23,7 @@ class _Round:
     """One pattern for the whole model. A model that Dynamo broke into several graphs consumes it piece by piece."""
 
     number: int = 0
+    epoch: int = 0
     drawn: set[int] = dataclasses.field(default_factory=set)
     dropped: set[int] = dataclasses.field(default_factory=set)
     used: set[int] = dataclasses.field(default_factory=set)
@@ -59,6 +60,7 @@ class Schedule:
         self._expected: set[str] | None = None  # names in a loaded state that no graph has shown yet
         self._strict_state = True
         self._thread = _PerThread()
+        self._epoch = 0  # loading a state ends every thread's round
         self._lock = threading.RLock()
 
     # ---- what the user sets ----------------------------------------------------------------------------------------
@@ -169,10 +171,10 @@ class Schedule:
 
     def _take(self, mine: set[int]) -> set[int]:
         current = self._thread.round
-        if not current.number or mine & current.used:
+        if not current.number or current.epoch != self._epoch or mine & current.used:
             self._check_state_is_complete()
             self._rounds += 1
-            current = self._thread.round = _Round(number=self._rounds)
+            current = self._thread.round = _Round(number=self._rounds, epoch=self._epoch)
         if not mine <= current.drawn:
             self._extend(current)
         current.used |= mine
@@ -271,7 +273,7 @@ class Schedule:
             self._seed = state["seed"]
             self._rounds = state["rounds"]
             self.forwards = state["forwards"]
-            self._thread = _PerThread()
+            self._epoch += 1
             if not met and names:
                 self._expected = set(names)
                 self._strict_state = strict
@@ -282,7 +284,7 @@ class Schedule:
 
     def _check_state_is_complete(self) -> None:
         """By the second forward after loading, every branch of the state should have turned up."""
-        if self._expected and self._strict_state and self._thread.round.number:
+        if self._expected and self._strict_state and self._thread.round.epoch == self._epoch:
             missing = sorted(self._expected)
             raise ValueError(
                 f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such "

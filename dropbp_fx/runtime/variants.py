@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +32,6 @@ class RegionVariants:
         self._streams = region.streams
         self._fake_mode = fake_mode
         self._compiler = compiler
-        self._lock = threading.Lock()
         self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
         compiler.counts.regions += 1
         hide_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
@@ -51,7 +49,7 @@ class RegionVariants:
     def _get(self, key: VariantKey | None, compile_variant: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         compiled = self._compiled.get(key)
         if compiled is None:
-            with self._lock:
+            with _torch.compile_lock():
                 compiled = self._compiled.get(key)
                 if compiled is None:
                     with self._tracing():
