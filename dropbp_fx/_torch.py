@@ -8,6 +8,7 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
@@ -16,7 +17,6 @@ uses public APIs and the functions below.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -41,9 +41,22 @@ def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def fake_execution(fake_mode: Any) -> Iterator[None]:
+    """Run operators on fake tensors as Dynamo does: without the Python dispatcher, composite operators of older releases
+    specialise symbolic sizes; and hooks on saved tensors are the user's, not to be shown fake ones.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    hide_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with fake_mode, enable_python_dispatcher(), hide_hooks:
+        yield
+
+
 def compile_lock() -> contextlib.AbstractContextManager[Any]:
     """The lock under which Dynamo compiles: tracing and its configuration are global, so a variant that is compiled
-    from a running forward must not overlap with another thread's compilation."""
+    from a running forward must not overlap with another thread's compilation.
+    """
     from torch._dynamo.convert_frame import compile_lock as lock
 
     return lock
@@ -142,21 +155,13 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
-@dataclasses.dataclass(frozen=True)
-class ModuleState:
-    """A module that Dynamo reached by ``expression`` from the compiled frame's locals or globals."""
-
-    expression: str
-    training: bool
-
-
 def _source_name(source: Any) -> str:
     name = source.name  # a method in older releases, a property since
     return str(name() if callable(name) else name)
 
 
-def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
-    """Tell for each parameter or buffer whether the outermost module it was reached through is in training mode.
+def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn.Module]:
+    """Find for each parameter or buffer the outermost module it was reached through, and guard on its training mode.
 
     Dynamo guards on ``module.training`` only where the traced code reads it. A graph that never did would go on
     dropping after ``model.eval()``; so a guard on that flag is installed here for each outermost module, and flipping it
@@ -188,7 +193,7 @@ def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
         return module_of[name]
 
     guarded: set[str] = set()
-    training: dict[fx.Node, bool] = {}
+    found: dict[fx.Node, torch.nn.Module] = {}
     for node in placeholders:
         source = getattr(node.meta.get("grapharg"), "source", None)
         outermost: tuple[Any, torch.nn.Module] | None = None
@@ -204,8 +209,8 @@ def guard_training_mode(placeholders: Sequence[fx.Node]) -> dict[fx.Node, bool]:
         if name not in guarded:
             guarded.add(name)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
-        training[node] = module.training
-    return training
+        found[node] = module
+    return found
 
 
 def in_backward() -> bool:

@@ -22,7 +22,7 @@ from dropbp_fx.graph.branches import (
     find_branches,
     normalise_inplace_adds,
 )
-from dropbp_fx.graph.naming import name_branches
+from dropbp_fx.graph.naming import ModuleTree, name_branches
 from dropbp_fx.graph.regions import insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
@@ -69,10 +69,11 @@ class _State:
     counts: CompileCounts
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
+    modules: ModuleTree
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
-        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [])
+        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], ModuleTree())
 
 
 class DropBPBackend:
@@ -128,20 +129,22 @@ class DropBPBackend:
     def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[list[Branch], list[int]]:
         """Enter the graph's branches into the table; tell which of them this graph may drop."""
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        training_mode = _torch.guard_training_mode(placeholders)
+        owners = _torch.outermost_modules(placeholders)
         met: list[Branch] = []
         droppable: list[int] = []
         for position, (branch, name) in enumerate(zip(branches, name_branches(branches), strict=True)):
             parameters = _parameters_of(branch)
-            modes = {training_mode[node] for node in parameters if node in training_mode}
+            roots = [owners[node] for node in parameters if node in owners]
+            modes = {root.training for root in roots}
+            full = name.below(self._state.modules.path_of(roots[0])) if roots else name
             value = example_value(branch.output)
             drops = torch.is_grad_enabled() and value.requires_grad and modes != {False}
             trainable = any(example_value(node).requires_grad for node in parameters)
-            met.append(self._state.schedule.meet(name.name, name.layer, trainable=trainable, droppable=drops))
+            met.append(self._state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
             if drops:
                 droppable.append(position)
             log.info(
-                "residual branch %s in layer %s%s", name.name, name.layer, "" if drops else " (never dropped here)"
+                "residual branch %s in layer %s%s", full.name, full.layer, "" if drops else " (never dropped here)"
             )
         return met, droppable
 

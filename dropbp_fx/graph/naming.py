@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from dropbp_fx.graph.branches import ResidualBranch
 
@@ -24,6 +25,31 @@ class BranchName:
 
     name: str
     layer: str
+
+    def below(self, prefix: str) -> BranchName:
+        """The same branch seen from a module that holds this graph's at ``prefix``."""
+        return BranchName(f"{prefix}.{self.name}", f"{prefix}.{self.layer}") if prefix else self
+
+
+class ModuleTree:
+    """The outermost modules of the graphs met so far.
+
+    After a graph break Dynamo hands over a part of a model as a graph of its own, whose paths start at that part; its
+    branches are named from the model, if the model was seen before.
+    """
+
+    def __init__(self) -> None:
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def path_of(self, module: nn.Module) -> str:
+        """Where ``module`` sits in a module met before; empty for a new or outermost one, which is remembered."""
+        if module not in self._roots:
+            for root in list(self._roots):
+                for path, part in root.named_modules():
+                    if part is module:
+                        return str(path)
+            self._roots.add(module)
+        return ""
 
 
 def name_branches(branches: Sequence[ResidualBranch]) -> tuple[BranchName, ...]:

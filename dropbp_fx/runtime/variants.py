@@ -34,8 +34,7 @@ class RegionVariants:
         self._compiler = compiler
         self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
         compiler.counts.regions += 1
-        hide_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        with self._tracing(), fake_mode, hide_hooks:  # the user's hooks must not see fake tensors
+        with self._tracing(), _torch.fake_execution(fake_mode):
             self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
 
     def training(self, key: VariantKey) -> Callable[..., Any]:
