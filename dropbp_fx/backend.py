@@ -137,8 +137,8 @@ class DropBPBackend:
             roots = [owners[node] for node in parameters if node in owners]
             modes = {root.training for root in roots}
             full = name.below(self._state.modules.path_of(roots[0])) if roots else name
-            value = example_value(branch.output)
-            drops = torch.is_grad_enabled() and value.requires_grad and modes != {False}
+            wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
+            drops = torch.is_grad_enabled() and wanted and modes != {False}
             trainable = any(example_value(node).requires_grad for node in parameters)
             met.append(self._state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
             if drops:

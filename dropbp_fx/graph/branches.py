@@ -66,9 +66,9 @@ class ResidualBranch:
     Attributes:
         graph: the graph that holds it: the top graph, or the body of an activation checkpoint.
         skip: the node of ``x``, the stream the branch reads and is added to.
-        output: the node of ``h``.
+        outputs: the node of ``h`` and the add that takes it; several where ``h`` is itself a sum whose terms are added
+            to the stream one by one (LoRA's update beside the frozen layer's output).
         addition: the outermost add of the (possibly parallel) sum that ``h`` goes into.
-        consumer: the add that takes ``h`` as an operand.
         body: nodes from after ``skip`` to ``output``: descendants of the one and ancestors of the other, and what is
             computed on the way for the branch alone (a cross-attention's keys and values of the encoder's output).
         escapes: pairs (node of the body, user outside of it) through which a value leaves for the graph's outputs alone,
@@ -78,9 +78,8 @@ class ResidualBranch:
 
     graph: fx.Graph
     skip: fx.Node
-    output: fx.Node
+    outputs: tuple[tuple[fx.Node, fx.Node], ...]
     addition: fx.Node
-    consumer: fx.Node
     body: tuple[fx.Node, ...]
     escapes: tuple[tuple[fx.Node, fx.Node], ...]
     anchor: fx.Node
@@ -244,11 +243,9 @@ def _search(
 @dataclasses.dataclass
 class _Candidate:
     skip: fx.Node
-    output: fx.Node
+    outputs: tuple[tuple[fx.Node, fx.Node], ...]
     addition: fx.Node
-    consumer: fx.Node
     body: int  # bit set of node positions, skip excluded
-    escapes: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
 class _GraphSearch:
@@ -291,16 +288,15 @@ class _GraphSearch:
                 rejected.append(RejectedAdd(node, "neither summand is computed from the other by a matrix product"))
             candidates.extend(mine)
         accepted = self._innermost_stream_adds(candidates, rejected)
-        accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.output]))
+        accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.outputs[0][0]]))
         for candidate in accepted:
             candidate.body |= self._private(candidate)
         branches = [
             ResidualBranch(
                 graph=self.graph,
                 skip=c.skip,
-                output=c.output,
+                outputs=c.outputs,
                 addition=c.addition,
-                consumer=c.consumer,
                 body=tuple(self._members(c.body)),
                 escapes=tuple(self._escapes(c)),
                 anchor=c.addition,
@@ -332,22 +328,65 @@ class _GraphSearch:
                 yield operand, node
 
     def _branches_of(self, addition: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> Iterator[_Candidate]:
-        for index, (output, consumer) in enumerate(terms):
-            above = self.ancestors[self.position[output]]
-            skips = [
-                root
-                for other, (term, _) in enumerate(terms)
-                if other != index
-                for root in (term, self._skip_root(term))
-                if root is not output and above >> self.position[root] & 1
-            ]
-            if not skips:
-                continue
-            skip = max(skips, key=lambda root: self.position[root])
-            at = self.position[skip]
-            body = self.descendants[at] & above & ~(1 << at)
-            if any(does_work(node) for node in self._members(body)):
-                yield _Candidate(skip, output, addition, consumer, body)
+        """For every term that others are computed from: those others, in groups that belong together."""
+        seen: set[fx.Node] = set()
+        for term, _ in terms:
+            for skip in (term, self._skip_root(term)):
+                at = self.position[skip]
+                dependent = [
+                    (output, consumer)
+                    for output, consumer in terms
+                    if output is not term and output is not skip and self.ancestors[self.position[output]] >> at & 1
+                ]
+                if not dependent or skip in seen:
+                    continue
+                seen.add(skip)
+                for group in self._together(skip, dependent):
+                    body = 0
+                    for output, _ in group:
+                        body |= self.descendants[at] & self.ancestors[self.position[output]]
+                    body &= ~(1 << at)
+                    if any(does_work(node) for node in self._members(body)):
+                        yield _Candidate(skip, self._collapsed(addition, group), addition, body)
+                break
+
+    def _together(self, skip: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> list[list[tuple[fx.Node, fx.Node]]]:
+        """Group terms that are one branch: they share work, or are linear functions of one value (LoRA's add)."""
+        below = self.descendants[self.position[skip]]
+        groups: list[tuple[list[tuple[fx.Node, fx.Node]], set[fx.Node]]] = []
+        for output, consumer in terms:
+            body = below & self.ancestors[self.position[output]]
+            marks = {node for node in self._members(body) if does_work(node)}
+            marks |= {output, self._linear_root(output, below)}
+            joined = [group for group in groups if group[1] & marks]
+            for group in joined:
+                groups.remove(group)
+                marks |= group[1]
+            groups.append(([*(term for group in joined for term in group[0]), (output, consumer)], marks))
+        return [group for group, _ in groups]
+
+    def _linear_root(self, node: fx.Node, below: int) -> fx.Node:
+        """The value that ``node`` is a linear function of, following nodes computed from the skip."""
+        while True:
+            parents = [p for p in node.all_input_nodes if below >> self.position[p] & 1]
+            if len(parents) != 1 or not (_scales_only(node) or does_work(node)):
+                return node
+            (node,) = parents
+
+    def _collapsed(
+        self, addition: fx.Node, group: Sequence[tuple[fx.Node, fx.Node]]
+    ) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """The group as one inner sum where there is one: ``x + (a + b)`` hands on ``a + b``."""
+        edges = list(group)
+        while True:
+            for _, consumer in edges:
+                inner = [edge for edge in edges if edge[1] is consumer]
+                if consumer is not addition and len(inner) == 2:
+                    (user,) = consumer.users
+                    edges = [edge for edge in edges if edge not in inner] + [(consumer, user)]
+                    break
+            else:
+                return tuple(sorted(edges, key=lambda edge: self.position[edge[0]]))
 
     def _skip_root(self, node: fx.Node) -> fx.Node:
         """Look through what only scales or casts the skip: ``alpha * x``, ``x.to(float32)``, dropout, a view."""
@@ -358,22 +397,32 @@ class _GraphSearch:
             (node,) = parents
 
     def _innermost_stream_adds(self, candidates: Iterable[_Candidate], rejected: list[RejectedAdd]) -> list[_Candidate]:
-        accepted: list[_Candidate] = []
         ordered = sorted(candidates, key=lambda c: c.body.bit_count())
-        additions = 0
+        inside = {id(outer): [c for c in ordered if self._is_inside(c, outer)] for outer in ordered}
+        if any(inside.values()):  # only nested adds need telling apart
+            carriers = {id(c) for c in ordered if self._carries_the_stream(c)}
+            ordered.sort(key=lambda c: id(c) not in carriers)
+            for outer in [c for c in ordered if id(c) in carriers]:
+                alone = [c for c in inside[id(outer)] if id(c) in carriers]
+                if len(alone) == 1 and alone[0] in ordered:  # an adapter's own residual inside of a branch
+                    ordered.remove(alone[0])
+                    rejected.append(RejectedAdd(alone[0].addition, "it lies inside a residual branch"))
+        accepted: list[_Candidate] = []
         for candidate in ordered:
-            additions |= 1 << self.position[candidate.addition]
-        if any(candidate.body & additions for candidate in ordered):  # only nested adds need telling apart
-            ordered.sort(key=lambda c: not self._carries_the_stream(c))
-        for candidate in ordered:
-            add = 1 << self.position[candidate.addition]
-            if any(candidate.body >> self.position[other.addition] & 1 for other in accepted):
+            if any(self._is_inside(other, candidate) for other in accepted):
                 rejected.append(RejectedAdd(candidate.addition, "it goes around other residual adds"))
-            elif any(other.body & add for other in accepted):
+            elif any(self._is_inside(candidate, other) for other in accepted):
                 rejected.append(RejectedAdd(candidate.addition, "it lies inside a residual branch"))
             else:
                 accepted.append(candidate)
         return accepted
+
+    def _is_inside(self, inner: _Candidate, outer: _Candidate) -> bool:
+        if inner is outer:
+            return False
+        if inner.addition is outer.addition:
+            return inner.body != outer.body and inner.body & ~outer.body == 0
+        return bool(outer.body >> self.position[inner.addition] & 1)
 
     def _carries_the_stream(self, candidate: _Candidate) -> bool:
         """Whether nothing computed from the skip past the add meets anything computed from the sum again."""
@@ -398,7 +447,10 @@ class _GraphSearch:
     def _private(self, candidate: _Candidate) -> int:
         """What is computed after the skip for the branch alone: every use is inside it or leads to outputs only."""
         start = self.position[candidate.skip]
-        above = self.ancestors[self.position[candidate.output]] & ~candidate.body & ~((2 << start) - 1)
+        above = 0
+        for output, _ in candidate.outputs:
+            above |= self.ancestors[self.position[output]]
+        above &= ~candidate.body & ~((2 << start) - 1)
         members = candidate.body
         after = self.descendants[self.position[candidate.addition]]
         for index in sorted(self._indices(above), reverse=True):
@@ -422,7 +474,7 @@ class _GraphSearch:
                 continue
             for user in node.users:
                 index = self.position[user]
-                inside = candidate.body >> index & 1 or user is candidate.consumer
+                inside = candidate.body >> index & 1 or (node, user) in candidate.outputs
                 if inside or after >> index & 1:
                     continue
                 if self._leads_out(user, after):

@@ -95,7 +95,7 @@ class _Stack:
 
     @classmethod
     def of(cls, branch: ResidualBranch) -> _Stack:
-        add = _module_path(branch.consumer)
+        add = _module_path(branch.outputs[0][1])
         work = [_module_path(node) for node in branch.work]
         common = [entry for entry in work[0] if all(entry in other for other in work)] if work else []
         return cls(

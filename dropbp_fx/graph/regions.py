@@ -75,7 +75,7 @@ def insert_gates(branches: Sequence[ResidualBranch]) -> tuple[frozenset[fx.Node]
     """
     gates: list[frozenset[fx.Node]] = []
     for index, branch in enumerate(branches):
-        mine = {_gate_edge(branch.output, branch.consumer, index)}
+        mine = {_gate_edge(output, consumer, index) for output, consumer in branch.outputs}
         for node, user in branch.escapes:
             mine.add(_gate_edge(node, user, index))
         gates.append(frozenset(mine))
