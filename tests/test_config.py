@@ -373,7 +373,7 @@ def test_copies_share_policy_and_equal_the_original(duplicate: Callable[[DropBPB
     assert nested == original
 
 
-@pytest.mark.parametrize("arguments", DIFFERENT, ids=repr)
+@pytest.mark.parametrize("arguments", DIFFERENT, ids=lambda arguments: "-".join(arguments))
 def test_a_pickled_unused_backend_is_an_equal_and_independent_one(arguments: dict[str, Any]) -> None:
     original = dropbp_backend(**arguments)
     twin = pickle.loads(pickle.dumps(original))

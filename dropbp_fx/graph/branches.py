@@ -356,7 +356,7 @@ class _GraphSearch:
         groups: list[tuple[list[tuple[fx.Node, fx.Node]], set[fx.Node]]] = []
         for output, consumer in terms:
             body = below & self.ancestors[self.position[output]]
-            marks = {node for node in self._members(body) if does_work(node)}
+            marks = {node for node in self._members(body) if does_work(node) and node is not skip}
             marks |= {output, self._linear_root(output, below)}
             joined = [group for group in groups if group[1] & marks]
             for group in joined:

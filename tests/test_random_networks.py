@@ -1,0 +1,148 @@
+"""Random small residual networks under random patterns agree with the eager ``.detach()`` oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+from dropbp_fx import dropbp_backend
+from tests.oracle import assert_equal, compiled, eager
+
+D = 6
+
+
+class Branch(nn.Module):
+    """Some work: an MLP, an attention or a convolution."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+        self.conv = nn.Conv1d(D, D, 3, padding=1)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        if self.kind == "mlp":
+            return self.second(F.gelu(self.first(x)))
+        if self.kind == "conv":
+            return self.conv(x.transpose(1, 2)).transpose(1, 2)
+        key = self.first(x if memory is None else memory)
+        return self.second(F.scaled_dot_product_attention(x, key, key))
+
+
+class Block(nn.Module):
+    """One or two branches, added to the stream in one of many ways."""
+
+    def __init__(self, way: str, kinds: tuple[str, str]) -> None:
+        super().__init__()
+        self.way = way
+        self.norm, self.other_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.branches = nn.ModuleList(Branch(kind) for kind in (kinds if way == "parallel" else kinds[:1]))
+        if way == "frozen":
+            self.requires_grad_(False)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        branch = self.branches[0]
+        if self.way == "pre":
+            return x + branch(self.norm(x))
+        if self.way == "post":
+            return self.norm(x + branch(x))
+        if self.way == "scaled":
+            return 1.25 * x + F.dropout(branch(self.norm(x)), 0.0) * 0.5
+        if self.way == "in place":
+            h = branch(self.norm(x))
+            h += x
+            return h
+        if self.way == "parallel":
+            return x + branch(self.norm(x)) + self.branches[1](self.other_norm(x))
+        if self.way == "cross":
+            return x + branch(self.norm(x), memory)
+        return x + branch(self.norm(x))
+
+
+class Network(nn.Module):
+    """An encoder whose output later blocks may attend to, then blocks; returns the loss beside unused outputs."""
+
+    def __init__(
+        self, blocks: list[tuple[str, tuple[str, str]]], repeat: bool, frozen_stem: bool, outputs: bool
+    ) -> None:
+        super().__init__()
+        self.encoder, self.stem = nn.Linear(D, D), nn.Linear(D, D)
+        self.stem.requires_grad_(not frozen_stem)
+        self.encoder_block = Branch("mlp")
+        self.blocks = nn.ModuleList(Block(*block) for block in blocks)
+        self.head = nn.Linear(D, D)
+        self.repeat, self.outputs = repeat, outputs
+
+    def forward(self, x: Tensor) -> Any:
+        memory = self.encoder(x)
+        memory = memory + self.encoder_block(memory)
+        x = self.stem(x)
+        for _ in range(1 + self.repeat):
+            for block in self.blocks:
+                x = block(x, memory)
+        loss = self.head(x).square().mean()
+        return (loss, memory, x) if self.outputs else loss
+
+
+def points_of(model: Network) -> list[Any]:
+    """Where eager detaches each branch, in execution order."""
+    calls = 1 + model.repeat
+    points: list[Any] = ["encoder_block"]
+    for call in range(calls):
+        for index, block in enumerate(model.blocks):
+            for number in range(len(block.branches)):  # type: ignore[arg-type]
+                path = f"blocks.{index}.branches.{number}"
+                points.append((path, call) if model.repeat else path)
+    return points
+
+
+WAYS = ("pre", "post", "scaled", "in place", "parallel", "cross", "frozen")
+KINDS = st.sampled_from(("mlp", "attention", "conv"))
+BLOCKS = st.lists(
+    st.sampled_from(WAYS).flatmap(
+        lambda way: st.tuples(st.just(way), st.tuples(KINDS if way != "cross" else st.just("attention"), KINDS))
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    blocks=BLOCKS,
+    repeat=st.booleans(),
+    frozen_stem=st.booleans(),
+    outputs=st.booleans(),
+    dynamic=st.booleans(),
+    bits=st.lists(st.integers(0, 2**7 - 1), min_size=3, max_size=3),
+)
+def test_random_networks_agree_with_detach(
+    blocks: list[Any], repeat: bool, frozen_stem: bool, outputs: bool, dynamic: bool, bits: list[int]
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Network(blocks, repeat, frozen_stem, outputs)
+    points = points_of(model)
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(model, backend=backend, dynamic=dynamic or None)
+    x = torch.randn(2, 5, D)
+
+    def loss(m: Any) -> Tensor:
+        result = m(x)
+        return result[0] if outputs else result
+
+    with backend.disabled():
+        assert_equal(compiled(model, loss, run), eager(model, loss, []), what="nothing dropped")
+    reading = [branch.droppable for branch in backend.branches]
+    assert len(reading) == len(points), [branch.name for branch in backend.branches]
+    keep = next(i for i, branch in enumerate(backend.branches) if branch.trainable and branch.droppable)
+    for number in bits:
+        pattern = [i for i in range(len(points)) if number >> i & 1 and i != keep]
+        with backend.pinned(pattern):
+            actual = compiled(model, loss, run)
+        assert_equal(actual, eager(model, loss, [points[i] for i in pattern]), what=f"pattern {pattern} of {points}")
