@@ -8,6 +8,7 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
@@ -92,6 +93,15 @@ def joint_graph_pass(rewrite: JointPass, cache_key: str) -> Any:
     return JointGraphPass()
 
 
+def _backward_compiled_at_once(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd puts compiling a backward off until it first runs; a variant that counts as compiled must not."""
+    if not wanted:
+        return contextlib.nullcontext()
+    from torch._functorch import config
+
+    return cast("contextlib.AbstractContextManager[Any]", config.patch(force_non_lazy_backward_lowering=True))
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -106,7 +116,8 @@ def compile_with_inductor(
     patches = dict(options)
     if joint_pass is not None:
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
-    return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches))
+    with _backward_compiled_at_once(joint_pass is not None):
+        return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches))
 
 
 def compile_with_aot_autograd(
@@ -131,7 +142,8 @@ def compile_with_aot_autograd(
     backend = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, partition_fn=partition, keep_inference_input_mutations=True
     )
-    return backend(gm, list(inputs))
+    with _backward_compiled_at_once(joint_pass is not None):
+        return backend(gm, list(inputs))
 
 
 def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -44,7 +44,7 @@ class BackendStats:
 
     Attributes:
         forwards: training forwards, evaluation not counted.
-        realised_rate: share of droppable (branch, forward) pairs that was dropped.
+        realised_rate: share of droppable (branch, forward) pairs that was dropped, pinned forwards included.
         attainable_rate: what the rates come to when one trainable branch (layer) is always kept.
         graphs: graphs that Dynamo compiled, training and evaluation.
         unique_regions: regions with a structure of their own; equal layers count once.

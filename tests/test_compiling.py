@@ -52,6 +52,30 @@ def test_two_hundred_random_patterns_compile_nothing_new() -> None:
     assert backend.stats.compiled_variants == before.compiled_variants
 
 
+def test_after_warmup_the_inner_compilers_are_never_called_again() -> None:
+    calls: list[str] = []
+
+    def forward(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
+        calls.append("forward")
+        return gm.forward
+
+    def backward(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
+        calls.append("backward")
+        return gm.forward
+
+    model = ResidualMLP()
+    backend = dropbp_backend(0.5, inner=(forward, backward), seed=0)
+    run = torch.compile(model, backend=backend)
+    loss = square_loss(run)
+    backend.warmup()
+    compiled_in_advance = list(calls)
+    assert "backward" in compiled_in_advance
+    loss.backward()
+    for _ in range(12):
+        square_loss(run).backward()
+    assert calls == compiled_in_advance
+
+
 def test_the_number_of_compilations_does_not_grow_with_depth() -> None:
     counts = []
     for layers in (3, 24):
