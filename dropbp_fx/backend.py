@@ -324,10 +324,17 @@ def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:
     graph_inputs: dict[fx.Node, None] = {}
     for node in branch.body:
         for parent in node.all_input_nodes:
-            value = example_value(parent)
-            if parent.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
-                graph_inputs[parent] = None
-    return list(graph_inputs)
+            if parent.op == "placeholder":
+                # Inside nested checkpoints it cannot be told which operand is meant: any of them may be.
+                outer = branch.in_top_graph(parent)
+                graph_inputs.update(dict.fromkeys([outer] if outer is not None else branch.anchor.all_input_nodes))
+    return [
+        node
+        for node in graph_inputs
+        if node.op == "placeholder"
+        and isinstance(example_value(node), torch.Tensor)
+        and example_value(node).is_floating_point()
+    ]
 
 
 def dropbp_backend(

@@ -372,6 +372,24 @@ def test_gradients_with_respect_to_the_input() -> None:
         torch.testing.assert_close(x.grad, expected)
 
 
+def test_eval_never_drops_under_a_checkpoint_inside_the_compiled_model() -> None:
+    class Inside(ResidualMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(lambda x, b=block: x + b(x), x, use_reentrant=False)
+            return self.head(x)
+
+    model = Inside()
+    backend = dropbp_backend(0.6, inner="aot_eager", seed=0)
+    run = torch.compile(model, backend=backend)
+    assert dropped_in(backend, run)
+    assert [branch.trainable for branch in backend.branches] == [True] * 3
+    model.eval()
+    for _ in range(3):
+        assert_equal(compiled(model, square_loss, run), eager(model, square_loss, []))
+
+
 class Checkpointed(nn.Module):
     """Compiled blocks with eager activation checkpointing around each, as training stacks apply it layer by layer."""
 

@@ -84,6 +84,19 @@ class ResidualBranch:
     escapes: tuple[tuple[fx.Node, fx.Node], ...]
     anchor: fx.Node
 
+    def in_top_graph(self, node: fx.Node) -> fx.Node | None:
+        """The node of the top graph that ``node`` of the branch's graph stands for, ``None`` if it is made inside of a
+        checkpoint (or of one checkpoint inside another).
+        """
+        if self.graph is self.anchor.graph:
+            return node
+        inputs = [placeholder for placeholder in self.graph.nodes if placeholder.op == "placeholder"]
+        operands = self.anchor.args[1:]
+        if node not in inputs or len(inputs) != len(operands):
+            return None
+        operand = operands[inputs.index(node)]
+        return operand if isinstance(operand, fx.Node) else None
+
     @property
     def work(self) -> tuple[fx.Node, ...]:
         """The body's matrix products, convolutions and the like, in execution order."""

@@ -96,18 +96,9 @@ def split_into_regions(
                 node.args = (node.args[0], local)
     names = {node: node.name for node in gm.graph.nodes}
     split = split_module(gm, gm, lambda node: region_of[node], keep_original_order=True)
-    streams = [{_stream(branches[index]) for index in group} for group in members]
+    streams = [{branches[index].in_top_graph(branches[index].skip) for index in group} for group in members]
     stream_names = [{names[node] for node in nodes if node is not None} for nodes in streams]
     return _read_program(split, members, stream_names)
-
-
-def _stream(branch: ResidualBranch) -> fx.Node | None:
-    """The node of the top graph that a branch reads the stream from, ``None`` if a checkpoint makes it inside."""
-    if branch.graph is branch.anchor.graph:
-        return branch.skip
-    inputs = [node for node in branch.graph.nodes if node.op == "placeholder"]
-    operand = branch.anchor.args[1 + inputs.index(branch.skip)] if branch.skip in inputs else None
-    return operand if isinstance(operand, fx.Node) else None
 
 
 def _gate_edge(node: fx.Node, user: fx.Node, label: int) -> fx.Node:
