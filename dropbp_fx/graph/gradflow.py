@@ -48,11 +48,26 @@ class GradientFlow:
     def _sources(self, output: int, dropped: frozenset[int]) -> frozenset[int]:
         """The inputs that receive a gradient from ``output`` when the gates labelled ``dropped`` are."""
         root = self._roots[output]
-        if root is None:
-            return frozenset()
+        return frozenset() if root is None else self._leaves_below(root, dropped)
+
+    def _passes_through(self, output: int, dropped: frozenset[int]) -> int | None:
+        """The one input that receives ``output``'s gradient unchanged and alone, ``None`` if there is no such input."""
+        current = self._roots[output]
+        while current is not None:
+            node = self._nodes[current]
+            if node.leaf is not None:
+                return node.leaf if (output, node.leaf) in self._identity else None
+            kept = [following for following in node.next if self._leaves_below(following, dropped)]
+            if not (node.plain_add or node.label is not None) or len(kept) != 1:
+                return None
+            (current,) = kept
+        return None
+
+    def _leaves_below(self, index: int, dropped: frozenset[int]) -> frozenset[int]:
+        """The inputs that a gradient at autograd node ``index`` reaches."""
         found: set[int] = set()
-        seen = {root}
-        pending = [root]
+        seen = {index}
+        pending = [index]
         while pending:
             node = self._nodes[pending.pop()]
             if node.label is not None and node.label in dropped:
@@ -64,34 +79,6 @@ class GradientFlow:
                     seen.add(following)
                     pending.append(following)
         return frozenset(found)
-
-    def _passes_through(self, output: int, dropped: frozenset[int]) -> int | None:
-        """The one input that receives ``output``'s gradient unchanged and alone, ``None`` if there is no such input."""
-        current = self._roots[output]
-        while current is not None:
-            node = self._nodes[current]
-            if node.leaf is not None:
-                return node.leaf if (output, node.leaf) in self._identity else None
-            kept = [following for following in node.next if self._alive(following, dropped)]
-            if not (node.plain_add or node.label is not None) or len(kept) != 1:
-                return None
-            (current,) = kept
-        return None
-
-    def _alive(self, index: int, dropped: frozenset[int]) -> bool:
-        seen = {index}
-        pending = [index]
-        while pending:
-            node = self._nodes[pending.pop()]
-            if node.label is not None and node.label in dropped:
-                continue
-            if node.leaf is not None:
-                return True
-            for following in node.next:
-                if following not in seen:
-                    seen.add(following)
-                    pending.append(following)
-        return False
 
     @classmethod
     def trace(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> GradientFlow:
