@@ -18,6 +18,7 @@ uses public APIs and the functions below.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -144,6 +145,67 @@ def compile_with_aot_autograd(
     )
     with _backward_compiled_at_once(joint_pass is not None):
         return backend(gm, list(inputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedGraphs:
+    """What AOTAutograd makes of a graph: the joint graph, and the two that the partitioner splits it into.
+
+    Attributes:
+        joint: the joint graph as the partitioner gets it.
+        forward: returns ``outputs`` values of its own, then what is saved for the backward.
+        backward: takes what was saved, then the tangents.
+        outputs: how many outputs of ``forward`` are its own.
+    """
+
+    joint: fx.GraphModule
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    outputs: int
+
+
+class _Traced(Exception):
+    """Ends a compilation that was for its graphs only."""
+
+
+def trace_joint_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule | None:
+    """The joint forward/backward graph of ``gm``, ``None`` where nothing in it requires a gradient."""
+    found: list[fx.GraphModule] = []
+
+    def stop(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        found.append(joint)
+        raise _Traced
+
+    _trace_until(gm, inputs, stop)
+    return found[0] if found else None
+
+
+def trace_graphs(gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass | None) -> TracedGraphs | None:
+    """The graphs of ``gm`` after ``joint_pass``, ``None`` where nothing in it requires a gradient."""
+    from functorch.compile import min_cut_rematerialization_partition
+
+    found: list[TracedGraphs] = []
+
+    def stop(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
+        if joint_pass is not None:
+            joint_pass(joint.graph)
+            joint.recompile()
+        forward, backward = min_cut_rematerialization_partition(
+            joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
+        )
+        found.append(TracedGraphs(joint, forward, backward, num_fwd_outputs))
+        raise _Traced
+
+    _trace_until(gm, inputs, stop)
+    return found[0] if found else None
+
+
+def _trace_until(gm: fx.GraphModule, inputs: Sequence[Any], stop: Callable[..., Any]) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    backend = aot_autograd(fw_compiler=run_graph_eagerly, bw_compiler=run_graph_eagerly, partition_fn=stop)
+    with contextlib.suppress(_Traced):
+        backend(gm, list(inputs))
 
 
 def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

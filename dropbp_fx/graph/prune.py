@@ -37,7 +37,7 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
         The number of nodes removed, gates not counted.
     """
     before = [node for node in graph.nodes if node.target not in (GATE, GATE_BACKWARD)]
-    carriers = _gradient_carriers(graph)
+    carriers = gradient_carriers(graph)
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op == "output":
@@ -84,7 +84,7 @@ def _argument(node: fx.Node, index: int) -> Any:
     return node.args[index]
 
 
-def _gradient_carriers(graph: fx.Graph) -> set[fx.Node]:
+def gradient_carriers(graph: fx.Graph) -> set[fx.Node]:
     """Every node that depends on a tangent."""
     carriers: set[fx.Node] = set()
     for node in graph.nodes:

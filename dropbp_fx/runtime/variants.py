@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import GATE
 from dropbp_fx.graph.gradflow import GradientFlow
 from dropbp_fx.graph.regions import Region
@@ -33,6 +35,7 @@ class RegionVariants:
         self._fake_mode = fake_mode
         self._compiler = compiler
         self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
+        self._gradient_flops: dict[frozenset[int], int] = {}
         compiler.counts.regions += 1
         with self._tracing(), _torch.fake_execution(fake_mode):
             self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
@@ -67,6 +70,19 @@ class RegionVariants:
         gm = _copy(self._gm)
         _remove_gates(gm)
         return self._compiler.forward_only(gm, self._inputs(None))
+
+    @functools.cached_property
+    def joint(self) -> fx.GraphModule | None:
+        """The region's joint graph with its gates, ``None`` where nothing in it requires a gradient."""
+        with _torch.compile_lock(), self._tracing():
+            return _torch.trace_joint_graph(_copy(self._gm), self._inputs(frozenset()))
+
+    def gradient_flops(self, dropped: frozenset[int] = frozenset()) -> int:
+        """Operations of the region's backward with the gates labelled ``dropped`` pruned."""
+        if dropped not in self._gradient_flops:
+            joint = self.joint
+            self._gradient_flops[dropped] = 0 if joint is None else joint_cost(joint, dropped).backward_flops
+        return self._gradient_flops[dropped]
 
     def _tracing(self) -> Any:
         return _torch.fresh_tracing_context(self._fake_mode)
