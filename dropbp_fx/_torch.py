@@ -9,6 +9,7 @@ uses public APIs and the functions below.
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
+| ``torch._functorch.config.donated_buffer`` | calibration runs a region's backward once for each branch above it |
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
@@ -101,6 +102,18 @@ def _backward_compiled_at_once(wanted: bool) -> contextlib.AbstractContextManage
     from torch._functorch import config
 
     return cast("contextlib.AbstractContextManager[Any]", config.patch(force_non_lazy_backward_lowering=True))
+
+
+def repeatable_backward(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """What is compiled within, if ``wanted``, may run its backward several times: it must not overwrite saved tensors.
+
+    Runs that keep the graph must be within as well: compiled code looks at the setting again before it runs.
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    from torch._functorch import config
+
+    return cast("contextlib.AbstractContextManager[Any]", config.patch(donated_buffer=False))
 
 
 def compile_with_inductor(

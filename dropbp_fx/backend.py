@@ -6,8 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from dropbp_fx.graph.regions import insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
+from dropbp_fx.runtime.calibration import Calibration, calibrate
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.variants import RegionVariants
@@ -70,10 +73,44 @@ class _State:
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
     modules: ModuleTree
+    calibration: Calibration | None = None
+    calibrating_thread: int = 0
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
         return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], ModuleTree())
+
+    @contextlib.contextmanager
+    def under(self, calibration: Calibration) -> Iterator[None]:
+        """Within the block this thread's forwards, and recomputations in any backward, are part of ``calibration``."""
+        before = self.calibration, self.calibrating_thread
+        self.calibration, self.calibrating_thread = calibration, threading.get_ident()
+        try:
+            yield
+        finally:
+            self.calibration, self.calibrating_thread = before
+
+
+@dataclasses.dataclass(frozen=True)
+class _GraphPolicy:
+    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table."""
+
+    state: _State
+    indices: tuple[int, ...]
+
+    def draw(self) -> frozenset[int]:
+        dropped = self.state.schedule.draw(self.indices)
+        return frozenset(position for position, index in enumerate(self.indices) if index in dropped)
+
+    def scale(self, branch: int) -> float:
+        return self.state.schedule.scale(self.indices[branch])
+
+    def index(self, branch: int) -> int:
+        return self.indices[branch]
+
+    def calibration(self) -> Calibration | None:
+        mine = threading.get_ident() == self.state.calibrating_thread or _torch.in_backward()
+        return self.state.calibration if mine else None
 
 
 class DropBPBackend:
@@ -174,7 +211,7 @@ class DropBPBackend:
         indices: Sequence[int],
         compiler: Compiler,
     ) -> RegionRunner:
-        program = split_into_regions(gm, branches, insert_gates(branches))
+        program = split_into_regions(gm, branches, insert_gates(gm, branches))
         fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
         dynamic = any(
             isinstance(size, torch.SymInt)
@@ -193,13 +230,7 @@ class DropBPBackend:
             if key not in self._state.variants:
                 self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
             variants.append(self._state.variants[key])
-        schedule = self._state.schedule
-
-        def draw() -> frozenset[int]:
-            dropped = schedule.draw(indices)
-            return frozenset(position for position, index in enumerate(indices) if index in dropped)
-
-        runner = RegionRunner(program, variants, draw)
+        runner = RegionRunner(program, variants, _GraphPolicy(self._state, tuple(indices)))
         self._state.runners.append(runner)
         if dynamic:
             runner.warmup()  # while Dynamo still collects guards on the symbols
@@ -239,6 +270,46 @@ class DropBPBackend:
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, compute exact full gradients."""
         return self._state.schedule.override(())
+
+    def calibrate(
+        self, step: Callable[[], torch.Tensor], *, metric: Metric = "gradnorm", batches: int = 1, progress: bool = True
+    ) -> Sensitivity:
+        """Measure how much dropping each branch changes the parameter gradients.
+
+        Nothing is trained: parameters, their ``.grad``, buffers that the compiled model writes, and every random stream
+        are as before afterwards, also after an exception or an interrupt; batches that were finished by then are kept
+        in :attr:`sensitivity`. The cost is about (branches / 2 + 2) backward passes and one forward a batch, and the
+        memory that of one training step.
+
+        Args:
+            step: runs a forward of the compiled model, in training mode, and returns the loss. The backward is run here,
+                and not through gradient hooks of parameters: give it the model itself, not DistributedDataParallel's
+                wrapper. Other modules may be eager, and the model may run several times.
+            metric: see :class:`Sensitivity`.
+            batches: how many steps to average over; one is what the paper takes, and it is noisy.
+            progress: show a progress bar, where tqdm is installed and there is a terminal.
+
+        Raises:
+            TypeError: ``step`` is not callable, or does not return a scalar tensor.
+            ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
+            RuntimeError: the step uses reentrant activation checkpointing.
+        """
+        check_calibration(step, metric, batches)
+        samples: list[Sensitivity] = []
+        table = self._state.schedule.branches
+
+        def keep(found: Mapping[int, float]) -> None:
+            values = tuple(found.get(branch.index, 0.0) for branch in table)
+            samples.append(Sensitivity(tuple(branch.name for branch in table), values, metric, 1))
+            self._state.schedule.learn(Sensitivity.mean(samples))
+
+        calibrate(step, self._state.under, metric, batches, keep, progress)
+        return Sensitivity.mean(samples)
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """What the branches' sensitivities are known to be, ``None`` before :meth:`calibrate`."""
+        return self._state.schedule.sensitivity
 
     def warmup(self) -> None:
         """Compile every variant now that steps of a run will need, rather than when each is first drawn."""

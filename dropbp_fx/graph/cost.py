@@ -101,5 +101,5 @@ def _sizes(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.Size([concrete(size) for size in value.shape])
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return type(value)(_sizes(item) for item in value)
+        return [_sizes(item) for item in value]
     return concrete(value) if isinstance(value, torch.SymInt) else value

@@ -5,6 +5,9 @@ the joint forward/backward graph that AOTAutograd traces. :mod:`dropbp_fx.graph.
 gate's gradient is zero, every other gate is removed. No gate is left when a variant runs.
 
 A label is the number of the branch within its region, so that equal layers have equal graphs.
+
+``y = scale_gradient(x, scale)`` stands beside a gate where the gradients of kept branches are rescaled: the scale is an
+input of the graph, so that rates may change without recompiling.
 """
 
 from __future__ import annotations
@@ -49,6 +52,34 @@ gate.register_autograd(_backward, setup_context=_remember_label)
 
 GATE = torch.ops.dropbp_fx.gate.default
 GATE_BACKWARD = torch.ops.dropbp_fx.gate_backward.default
+
+
+@torch.library.custom_op("dropbp_fx::scale_gradient", mutates_args=())
+def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x``; its gradient is multiplied by ``scale``, a tensor of no dimensions."""
+    return x.clone()
+
+
+@scale_gradient.register_fake
+def _scale_gradient_fake(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _remember_scale(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (scale,) = ctx.saved_tensors
+    return grad * scale, None
+
+
+scale_gradient.register_autograd(_backward_scaled, setup_context=_remember_scale)
+
+SCALE_GRADIENT = torch.ops.dropbp_fx.scale_gradient.default
+
+#: Operators whose value is their first argument; none is left in a compiled variant's forward.
+IDENTITIES = frozenset({GATE, SCALE_GRADIENT})
 
 
 def gate_label_of(grad_fn: Any) -> int | None:

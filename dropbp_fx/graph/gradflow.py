@@ -33,11 +33,17 @@ class GradientFlow:
 
     Attributes:
         differentiable: outputs that require a gradient when every input that can does.
+        mutated: inputs whose memory the region writes to (running statistics of a normalisation).
     """
 
     def __init__(
-        self, nodes: Sequence[_AutogradNode], roots: Sequence[int | None], identity: frozenset[tuple[int, int]]
+        self,
+        nodes: Sequence[_AutogradNode],
+        roots: Sequence[int | None],
+        identity: frozenset[tuple[int, int]],
+        mutated: frozenset[int],
     ) -> None:
+        self.mutated = mutated
         self._nodes = nodes
         self._roots = roots
         self._identity = identity
@@ -84,8 +90,10 @@ class GradientFlow:
     def trace(cls, gm: fx.GraphModule, inputs: Sequence[Any]) -> GradientFlow:
         """Run ``gm`` on fake ``inputs`` (leaves; those that can require a gradient do) and read its autograd graph."""
         leaves = {id(value): index for index, value in enumerate(inputs) if isinstance(value, torch.Tensor)}
+        versions = [_version(value) for value in inputs]
         with torch.enable_grad():
             outputs = gm(*inputs)
+        mutated = frozenset(k for k, value in enumerate(inputs) if _version(value) != versions[k])
         index_of: dict[Any, int] = {}
         ordered: list[Any] = []
 
@@ -130,4 +138,8 @@ class GradientFlow:
             and value.device == source.device
             and str(tuple(value.shape)) == str(tuple(source.shape))
         )
-        return cls(nodes, settled, identity)
+        return cls(nodes, settled, identity, mutated)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropbp_fx.graph.gate import GATE, GATE_BACKWARD
+from dropbp_fx.graph.gate import GATE_BACKWARD, IDENTITIES
 
 _ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, operator.add})
 _TANGENT_PREFIX = "tangents_"
@@ -36,13 +36,13 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
     Returns:
         The number of nodes removed, gates not counted.
     """
-    before = [node for node in graph.nodes if node.target not in (GATE, GATE_BACKWARD)]
+    before = [node for node in graph.nodes if node.target is not GATE_BACKWARD and node.target not in IDENTITIES]
     carriers = gradient_carriers(graph)
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op == "output":
             _drop_zero_gradients(node, zero)
-        elif node.target is GATE:
+        elif node.target in IDENTITIES:
             node.replace_all_uses_with(_argument(node, 0))
             graph.erase_node(node)
         elif node.target is GATE_BACKWARD:

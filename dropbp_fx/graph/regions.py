@@ -13,15 +13,20 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.fx.passes.split_module import split_module
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, storage_of
-from dropbp_fx.graph.gate import GATE
+from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
 
+#: What dropping a branch drops: all its gradients, or only those of its parameters.
+Drop = Literal["branch", "weights"]
+#: Key in a placeholder's ``meta``: the number of the branch whose gradients this graph input scales.
+SCALE_OF = "dropbp_scale_of"
 _MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
 
 
@@ -55,6 +60,7 @@ class RegionProgram:
         slots: how many values there are.
         inputs: the slot of each graph input.
         examples: the example value of each graph input.
+        scales: the inputs that scale the gradients of kept branches: branch, slot and device of each.
         constants: slots that hold a tensor the graph owns.
         outputs: for each graph output its slot, or a one-element list holding a constant.
     """
@@ -63,21 +69,39 @@ class RegionProgram:
     slots: int
     inputs: tuple[int, ...]
     examples: tuple[Any, ...]
+    scales: tuple[tuple[int, int, torch.device], ...]
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
 
 
-def insert_gates(branches: Sequence[ResidualBranch]) -> tuple[frozenset[fx.Node], ...]:
-    """Gate every branch's output, and every value that leaves a branch for the graph's outputs alone.
+def insert_gates(
+    gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, drop: Drop = "branch", rescale: bool = False
+) -> tuple[frozenset[fx.Node], ...]:
+    """Put gates where dropping a branch cuts the gradient.
+
+    Args:
+        gm: the graph that holds the branches; gets one more placeholder a branch for ``rescale``.
+        branches: what :func:`~dropbp_fx.graph.branches.find_branches` found.
+        drop: "branch" gates every branch's output and every value that leaves a branch for the graph's outputs alone;
+            "weights" gates the parameters that a branch reads, and leaves the gradients of its activations alone.
+        rescale: let an input of the graph scale the gradients that pass a branch's gates.
 
     Returns:
         For each branch its gate nodes; their labels are set by :func:`split_into_regions`.
+
+    Raises:
+        NotImplementedError: ``rescale`` for a branch inside nested activation checkpoints.
     """
     gates: list[frozenset[fx.Node]] = []
     for index, branch in enumerate(branches):
-        mine = {_gate_edge(output, consumer, index) for output, consumer in branch.outputs}
-        for node, user in branch.escapes:
-            mine.add(_gate_edge(node, user, index))
+        if drop == "branch":
+            edges = [*branch.outputs, *branch.escapes]
+            mine = {node: None for output, user in edges for node in _gate_edge(branch, output, user, index)}
+        else:
+            mine = dict.fromkeys(_gate_weights(branch, index))
+        if rescale:
+            scale = _scale_input(gm, branch, index)
+            mine.update(dict.fromkeys([_scale_gate(gate, scale) for gate in mine]))
         gates.append(frozenset(mine))
     return tuple(gates)
 
@@ -93,7 +117,8 @@ def split_into_regions(
     for group in members:
         for local, index in enumerate(group):
             for node in gates[index]:
-                node.args = (node.args[0], local)
+                if node.target is GATE:
+                    node.args = (node.args[0], local)
     names = {node: node.name for node in gm.graph.nodes}
     split = split_module(gm, gm, lambda node: region_of[node], keep_original_order=True)
     streams = [{branches[index].in_top_graph(branches[index].skip) for index in group} for group in members]
@@ -101,13 +126,71 @@ def split_into_regions(
     return _read_program(split, members, stream_names)
 
 
-def _gate_edge(node: fx.Node, user: fx.Node, label: int) -> fx.Node:
+def _gate_edge(branch: ResidualBranch, node: fx.Node, user: fx.Node, label: int) -> list[fx.Node]:
     graph = node.graph
     with graph.inserting_after(node):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
-    return gated
+    return [gated]
+
+
+def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
+    """Gate the parameters that a branch reads, once each and before their first use in it."""
+    gates: dict[fx.Node, fx.Node] = {}
+    for user in branch.body:
+        for parent in user.all_input_nodes:
+            if parent.op != "placeholder" or not _is_trainable_parameter(branch, parent):
+                continue
+            if parent not in gates:
+                with branch.graph.inserting_before(user):
+                    gates[parent] = branch.graph.call_function(GATE, (parent, label))
+                gates[parent].meta["example_value"] = example_value(parent)
+            user.replace_input_with(parent, gates[parent])
+    return list(gates.values())
+
+
+def _is_trainable_parameter(branch: ResidualBranch, node: fx.Node) -> bool:
+    outer = branch.in_top_graph(node)
+    value = None if outer is None else example_value(outer)
+    return isinstance(value, torch.nn.Parameter) and value.requires_grad
+
+
+def _scale_input(gm: fx.GraphModule, branch: ResidualBranch, index: int) -> fx.Node:
+    """A new graph input that scales the gradients of a branch, as the branch's own graph sees it."""
+    example = example_value(branch.addition)
+    with _torch.fake_mode_of([example]):
+        value = torch.ones((), dtype=torch.float32, device=example.device)
+    outer = _append_placeholder(gm.graph, f"dropbp_scale_{index}", value)
+    outer.meta[SCALE_OF] = index
+    if branch.graph is gm.graph:
+        return outer
+    inputs = [node for node in branch.graph.nodes if node.op == "placeholder"]
+    if branch.anchor.graph is not gm.graph or len(inputs) != len(branch.anchor.args) - 1:
+        raise NotImplementedError(
+            "rescale=True is not supported for a residual branch inside nested activation checkpoints. Use one level of "
+            "checkpoints, or rescale=False."
+        )
+    branch.anchor.args = (*branch.anchor.args, outer)
+    inner = _append_placeholder(branch.graph, f"dropbp_scale_{index}", value)
+    branch.graph.owning_module.recompile()
+    return inner
+
+
+def _append_placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = value
+    return node
+
+
+def _scale_gate(gate: fx.Node, scale: fx.Node) -> fx.Node:
+    with gate.graph.inserting_before(gate):
+        scaled = gate.graph.call_function(SCALE_GRADIENT, (gate.args[0], scale))
+    scaled.meta = dict(gate.meta)
+    gate.args = (scaled, *gate.args[1:])
+    return scaled
 
 
 def _hoist_getitems(graph: fx.Graph) -> None:
@@ -241,6 +324,7 @@ def _read_program(
     slot_of: dict[fx.Node, int] = {}
     constants: dict[int, Any] = {}
     inputs: list[int] = []
+    scales: list[tuple[int, int, torch.device]] = []
     examples: list[Any] = []
     regions: list[Region] = []
     calls: dict[fx.Node, list[int]] = {}
@@ -254,8 +338,11 @@ def _read_program(
     for node in split.graph.nodes:
         if node.op == "placeholder":
             slot_of[node] = new_slot()
-            inputs.append(slot_of[node])
-            examples.append(example_value(node))
+            if SCALE_OF in node.meta:
+                scales.append((node.meta[SCALE_OF], slot_of[node], example_value(node).device))
+            else:
+                inputs.append(slot_of[node])
+                examples.append(example_value(node))
         elif node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(split)
             slot_of[node] = new_slot()
@@ -288,7 +375,9 @@ def _read_program(
             outputs = tuple(
                 slot_of[argument] if isinstance(argument, fx.Node) else [argument] for argument in node.args[0]
             )
-    return RegionProgram(tuple(regions), next(numbers), tuple(inputs), tuple(examples), constants, outputs)
+    return RegionProgram(
+        tuple(regions), next(numbers), tuple(inputs), tuple(examples), tuple(scales), constants, outputs
+    )
 
 
 def _return_tuple(graph: fx.Graph) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.sensitivity import Sensitivity
 
 Granularity = Literal["branch", "layer"]
 _STATE_VERSION = 1
@@ -60,6 +61,7 @@ class Schedule:
         self._expected: set[str] | None = None  # names in a loaded state that no graph has shown yet
         self._strict_state = True
         self._thread = _PerThread()
+        self.sensitivity: Sensitivity | None = None
         self._epoch = 0  # loading a state ends every thread's round
         self._lock = threading.RLock()
 
@@ -222,6 +224,12 @@ class Schedule:
         droppable = [branch for branch in self.branches if branch.droppable]
         seen = sum(branch.times_seen for branch in droppable)
         return sum(branch.times_dropped for branch in droppable) / seen if seen else 0.0
+
+    def learn(self, sensitivity: Sensitivity) -> None:
+        self.sensitivity = sensitivity
+
+    def scale(self, index: int) -> float:
+        return 1.0
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -6,13 +6,14 @@ import collections
 import itertools
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.plan import Step, make_plan
 from dropbp_fx.runtime.recompute import PatternMemory
 from dropbp_fx.runtime.variants import RegionVariants
@@ -21,6 +22,26 @@ from dropbp_fx.runtime.variants import RegionVariants
 _PLANS_KEPT = 256
 #: Regions with more branches than this are not compiled for every subset in advance.
 _EXHAUSTIVE_BRANCHES = 3
+
+
+class Policy(Protocol):
+    """What one graph's forwards ask whoever decides over them. Branches go by their number in ``Region.branches``."""
+
+    def draw(self) -> frozenset[int]:
+        """The branches that the forward about to run drops; called once a forward."""
+        ...
+
+    def scale(self, branch: int) -> float:
+        """What the gradients of a kept branch are multiplied by."""
+        ...
+
+    def index(self, branch: int) -> int:
+        """The branch's index in the backend's table."""
+        ...
+
+    def calibration(self) -> Calibration | None:
+        """The calibration that the forward about to run is part of."""
+        ...
 
 
 class _GradientLink(torch.autograd.Function):
@@ -42,37 +63,70 @@ class RegionRunner:
     Args:
         program: the graph's regions.
         variants: the compiled variants of each region, in the same order; equal regions share one object.
-        draw: called once a forward; returns the numbers of the branches to drop (of ``Region.branches``).
+        policy: asked at each forward.
     """
 
     def __init__(
         self,
         program: RegionProgram,
         variants: Sequence[RegionVariants],
-        draw: Callable[[], frozenset[int]],
+        policy: Policy,
     ) -> None:
         self._program = program
         self._variants = tuple(variants)
-        self._draw = draw
+        self._policy = policy
+        self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory(program.examples)
         self._plans: collections.OrderedDict[frozenset[int], tuple[Step, ...]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        calibration = self._policy.calibration()
+        if calibration is not None:
+            return self._calibrate(calibration, arguments)
         key = self._memory.key(arguments)
         pattern = self._pattern(key)
         steps = self._plan(pattern)
+        values = self._values(arguments, self._policy.scale)
+        del arguments
+        for step in steps:
+            _run_step(step, values)
+        outputs = self._outputs(values)
+        self._memory.remember(key, outputs, pattern)
+        return outputs
+
+    def _calibrate(self, calibration: Calibration, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
+        values = self._values(arguments, lambda _: 1.0)
+        del arguments
+        for step in make_plan(self._program, self._variants, (), repeatable=True):
+            if step.forward_only:
+                _run_step(step, values)
+                continue
+            branches = tuple(self._policy.index(branch) for branch in self._program.regions[step.region].branches)
+            made = calibration.run(step, self._variants[step.region], branches, values)
+            for slot, value in zip(step.outputs, made, strict=True):
+                values[slot] = value
+            for slot in step.dead:
+                values[slot] = None
+        return self._outputs(values)
+
+    def _values(self, arguments: Sequence[Any], scale: Callable[[int], float]) -> list[Any]:
         values: list[Any] = [None] * self._program.slots
         for slot, value in zip(self._program.inputs, arguments, strict=True):
             values[slot] = value
         for slot, value in self._program.constants.items():
             values[slot] = value
-        del arguments
-        for step in steps:
-            _run_step(step, values)
-        outputs = tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
-        self._memory.remember(key, outputs, pattern)
-        return outputs
+        for branch, slot, device in self._program.scales:
+            wanted = scale(branch)
+            known = self._scales.get(slot)
+            if known is None or known[0] != wanted:
+                known = self._scales[slot] = (wanted, torch.tensor(wanted, dtype=torch.float32, device=device))
+            values[slot] = known[1]
+        return values
+
+    def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
 
     def _pattern(self, key: Hashable) -> frozenset[int]:
         if _torch.in_backward():
@@ -85,7 +139,7 @@ class RegionRunner:
                     "that forward cannot be told. Do not move a checkpoint's inputs between forward and backward, or "
                     "compile the model with the checkpoints inside."
                 )
-        return self._draw()
+        return self._policy.draw()
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""

@@ -4,6 +4,8 @@ Two sweeps over the regions settle what autograd would do with the pattern: forw
 (below the lowest kept branch of a model with a frozen embedding: none); backwards, which of them receive one (an
 encoder whose every cross-attention is dropped: none). A region that no gradient enters, or that only hands its
 gradient on, runs forward-only; every other region runs the training variant pruned for exactly this situation.
+Consecutive regions that only hand their gradient on are one to autograd: a single link leads from the last one's output to
+the first one's input.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.undefined import UndefinedGradients
-from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.runtime.variants import RegionVariants, VariantKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Step:
         outputs: slots to write.
         dead: slots nobody reads after this step.
         forward_only: run without recording gradients.
-        links: pairs (output position, input slot): that output's gradient is that input's gradient.
+        links: pairs (output position, earlier slot): that output's gradient is that slot's gradient.
+        region: number of the region in the program.
+        key: what the training variant drops, ``None`` for a region that runs forward-only.
         undefined: tells gradients that do not exist from zero ones, where the caller may leave an output unused.
     """
 
@@ -39,6 +43,8 @@ class Step:
     dead: tuple[int, ...]
     forward_only: bool
     links: tuple[tuple[int, int], ...]
+    region: int
+    key: VariantKey | None
     undefined: UndefinedGradients | None
 
 
@@ -50,8 +56,17 @@ def requires_gradient(program: RegionProgram) -> list[bool]:
     return required
 
 
-def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]) -> tuple[Step, ...]:
-    """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing."""
+def make_plan(
+    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int], *, repeatable: bool = False
+) -> tuple[Step, ...]:
+    """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
+
+    Args:
+        program: the graph's regions.
+        variants: the variants of each region.
+        dropped: numbers of branches (of ``Region.branches``).
+        repeatable: the backward of every region may run more than once.
+    """
     labels = [
         frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
         for region in program.regions
@@ -79,13 +94,12 @@ def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], droppe
         live_outputs.append(mine)
     live_outputs.reverse()
     several_outputs = sum(live[slot] for slot in {slot for slot in program.outputs if isinstance(slot, int)}) > 1
-    last_read = _last_reads(program)
     steps: list[Step] = []
     for number, (region, variant, labelled, mine) in enumerate(
         zip(program.regions, variants, labels, live_outputs, strict=True)
     ):
         links = _links(region.inputs, variant, labelled, mine)
-        undefined = None
+        undefined, key = None, None
         if links is not None:
             run = variant.forward_only()
         else:
@@ -93,20 +107,41 @@ def make_plan(program: RegionProgram, variants: Sequence[RegionVariants], droppe
             without = frozenset(
                 k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
             )
-            run = variant.training((labelled, without, wanting - mine))
+            key = (labelled, without, wanting - mine)
+            run = variant.training(key, repeatable=repeatable)
             undefined = UndefinedGradients(variant.flow, labelled, mine) if several_outputs else None
         steps.append(
             Step(
                 run=run,
                 inputs=region.inputs,
                 outputs=region.outputs,
-                dead=last_read[number],
+                dead=(),
                 forward_only=links is not None,
                 links=links or (),
+                region=number,
+                key=key,
                 undefined=undefined,
             )
         )
-    return tuple(steps)
+    return _with_last_reads(program, _with_merged_links(program, steps))
+
+
+def _with_merged_links(program: RegionProgram, steps: Sequence[Step]) -> list[Step]:
+    """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""
+    returned = {slot for slot in program.outputs if isinstance(slot, int)}
+    carriers = returned.union(*(step.inputs for step in steps if not step.forward_only))
+    origin: dict[int, int] = {}
+    merged: list[Step] = []
+    for step in steps:
+        links = []
+        for position, source in step.links:
+            slot = step.outputs[position]
+            origin[slot] = origin.get(source, source)
+            if slot in carriers:
+                links.append((position, origin[slot]))
+                del origin[slot]  # from here on the slot carries its gradient itself
+        merged.append(dataclasses.replace(step, links=tuple(links)))
+    return merged
 
 
 def _may_require(example: Any) -> bool:
@@ -126,11 +161,11 @@ def _links(
     return tuple(links)
 
 
-def _last_reads(program: RegionProgram) -> list[tuple[int, ...]]:
+def _with_last_reads(program: RegionProgram, steps: Sequence[Step]) -> tuple[Step, ...]:
     kept = {slot for slot in program.outputs if isinstance(slot, int)} | set(program.constants)
-    freed: list[tuple[int, ...]] = []
-    for region in reversed(program.regions):
-        dying = [slot for slot in (*region.inputs, *region.outputs) if slot not in kept]
-        freed.append(tuple(dict.fromkeys(dying)))
+    freed: list[Step] = []
+    for step in reversed(steps):
+        dying = [slot for slot in (*step.inputs, *(s for _, s in step.links), *step.outputs) if slot not in kept]
+        freed.append(dataclasses.replace(step, dead=tuple(dict.fromkeys(dying))))
         kept.update(dying)
-    return list(reversed(freed))
+    return tuple(reversed(freed))

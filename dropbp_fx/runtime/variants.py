@@ -12,7 +12,7 @@ from torch import fx
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import checkpoint_bodies
 from dropbp_fx.graph.cost import joint_cost
-from dropbp_fx.graph.gate import GATE
+from dropbp_fx.graph.gate import IDENTITIES
 from dropbp_fx.graph.gradflow import GradientFlow
 from dropbp_fx.graph.regions import Region
 from dropbp_fx.runtime.compiler import Compiler
@@ -34,21 +34,28 @@ class RegionVariants:
         self._streams = region.streams
         self._fake_mode = fake_mode
         self._compiler = compiler
-        self._compiled: dict[VariantKey | None, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[VariantKey, bool] | None, Callable[..., Any]] = {}
         self._gradient_flops: dict[frozenset[int], int] = {}
         compiler.counts.regions += 1
         with self._tracing(), _torch.fake_execution(fake_mode):
             self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
 
-    def training(self, key: VariantKey) -> Callable[..., Any]:
-        """The variant whose forward records what its pruned backward needs."""
-        return self._get(key, lambda: self._compile_training(key))
+    def training(self, key: VariantKey, *, repeatable: bool = False) -> Callable[..., Any]:
+        """The variant whose forward records what its pruned backward needs.
+
+        Args:
+            key: what it drops.
+            repeatable: its backward may run more than once (``retain_graph=True``).
+        """
+        return self._get((key, repeatable), lambda: self._compile_training(key, repeatable))
 
     def forward_only(self) -> Callable[..., Any]:
         """The variant for when no gradient enters the region at all: it saves nothing."""
         return self._get(None, self._compile_forward_only)
 
-    def _get(self, key: VariantKey | None, compile_variant: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    def _get(
+        self, key: tuple[VariantKey, bool] | None, compile_variant: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
         compiled = self._compiled.get(key)
         if compiled is None:
             with _torch.compile_lock():
@@ -59,12 +66,13 @@ class RegionVariants:
                     self._compiled[key] = compiled
         return compiled
 
-    def _compile_training(self, key: VariantKey) -> Callable[..., Any]:
+    def _compile_training(self, key: VariantKey, repeatable: bool) -> Callable[..., Any]:
         dropped, without_gradient, dead = key
         gm = _copy(self._gm)
         if dead:
             _detach_outputs(gm, dead)
-        return self._compiler.training(gm, self._inputs(without_gradient), dropped)
+        with _torch.repeatable_backward(repeatable), torch.enable_grad():  # may be needed first inside of a backward
+            return self._compiler.training(gm, self._inputs(without_gradient), dropped)
 
     def _compile_forward_only(self) -> Callable[..., Any]:
         gm = _copy(self._gm)
@@ -122,7 +130,7 @@ def _remove_gates(gm: fx.GraphModule) -> None:
     for _, body in checkpoint_bodies(gm):
         _remove_gates(body)
     for node in list(gm.graph.nodes):
-        if node.target is GATE:
+        if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif node.op == "call_function" and node.target is torch._C._set_grad_enabled:
