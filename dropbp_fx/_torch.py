@@ -13,6 +13,7 @@ uses public APIs and the functions below.
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
+| ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
 
@@ -303,6 +304,11 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
 def in_backward() -> bool:
     """Whether this thread is running an autograd backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def keeps_graph() -> bool:
+    """Whether the autograd backward pass this thread is running was asked to keep the graph."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def in_checkpoint_recomputation() -> bool:

@@ -173,7 +173,8 @@ def _scale_input(gm: fx.GraphModule, branch: ResidualBranch, index: int) -> fx.N
         )
     branch.anchor.args = (*branch.anchor.args, outer)
     inner = _append_placeholder(branch.graph, f"dropbp_scale_{index}", value)
-    branch.graph.owning_module.recompile()
+    if branch.graph.owning_module is not None:
+        branch.graph.owning_module.recompile()
     return inner
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Iterator
 
 
@@ -14,10 +15,11 @@ class Branch:
         index: its position in execution order, the number :meth:`DropBPBackend.pinned` takes.
         name: unique and readable, from the module tree (``model.layers.3.self_attn``).
         layer: the layer it belongs to (``model.layers.3``).
-        rate: the drop rate asked for, in [0, 1).
+        rate: its drop rate at present, in [0, 1).
         trainable: whether it has parameters that require a gradient.
         droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
             parameter there is nothing to drop, and the branch takes no part in the draw.
+        backward_flops: floating-point operations that dropping it saves in one backward, from its joint graph.
         times_seen: training forwards it took part in.
         times_dropped: how many of them dropped it.
     """
@@ -28,6 +30,7 @@ class Branch:
     rate: float
     trainable: bool = False
     droppable: bool = False
+    backward_flops: int = 0
     times_seen: int = 0
     times_dropped: int = 0
 
@@ -89,13 +92,12 @@ class BranchTable:
             elif item in self._branches:
                 found.add(self._branches[item].index)
             else:
-                raise KeyError(_unknown_name(item, self._branches))
+                raise KeyError(unknown_name(item, self._branches))
         return frozenset(found)
 
 
-def _unknown_name(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    names = list(known)
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """A sentence that tells which names there are."""
+        names = list(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return f"There is no branch named {name!r}; did you mean {', '.join(map(repr, close))}? See backend.branches."

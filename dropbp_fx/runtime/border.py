@@ -51,6 +51,7 @@ class RegionRecord:
         sources: for the others, the gradient edge of the value outside.
         graded: positions in the outputs of the values that carry a gradient.
         edges: for each of them its gradient edge inside of the region.
+        before_branches: whether it ran before the step's first branch.
     """
 
     branches: tuple[int, ...]
@@ -62,11 +63,18 @@ class RegionRecord:
     sources: dict[int, Any]
     graded: tuple[int, ...]
     edges: tuple[Any, ...]
+    before_branches: bool = False
 
     @property
     def flow(self) -> GradientFlow:
         """Which inputs get gradients from which outputs."""
         return self.variants.flow
+
+    def reached_through(self, label: int, dropped: frozenset[int]) -> frozenset[int]:
+        """The inputs that get a gradient with the gates labelled ``dropped`` dropped, and none if ``label`` is too."""
+        more = dropped | {label}
+        before = frozenset().union(*(self.flow.sources(output, dropped) for output in self.graded))
+        return before - frozenset().union(*(self.flow.sources(output, more) for output in self.graded))
 
     def gradients(self, tangents: Sequence[Tensor | None], *, retain: bool) -> Gradients:
         """Run the region's own backward; the gradients of its wanted inputs."""

@@ -1,0 +1,105 @@
+"""How the drop rate changes over a run: functions from progress, 0 at the start and 1 at the end, to a rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+#: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
+RateSchedule = Callable[[float], float]
+
+_NAMES = ("constant", "ramp_up", "ramp_down", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A straight line from ``start`` to ``end``."""
+
+    start: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        """The rate at ``progress``."""
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Constant pieces: ``rates`` are pairs (progress from which it holds, rate); the rate before the first is 0."""
+
+    rates: tuple[tuple[float, float], ...]
+
+    def __call__(self, progress: float) -> float:
+        """The rate at ``progress``."""
+        return max((pair for pair in self.rates if pair[0] <= progress), default=(0.0, 0.0))[1]
+
+
+def rate_schedule(schedule: str | RateSchedule, rate: float, max_rate: float) -> RateSchedule:
+    """The function behind a schedule's name.
+
+    ``"constant"`` is ``rate`` throughout. The others average ``rate`` as long as ``max_rate`` leaves them room:
+    ``"ramp_up"`` climbs from 0 to 2 ``rate``, ``"ramp_down"`` falls from there to 0, ``"step"`` drops nothing in the first
+    half of the run and 2 ``rate`` in the second.
+    """
+    if not isinstance(schedule, str):
+        return schedule
+    top = min(2 * rate, max_rate)
+    return {"constant": Ramp(rate, rate), "ramp_up": Ramp(0.0, top), "ramp_down": Ramp(top, 0.0)}.get(
+        schedule, Steps(((0.5, top),))
+    )
+
+
+def checked_schedule(schedule: Any) -> str | RateSchedule:
+    """A schedule's name, or a function that gives rates at the start, in the middle and at the end.
+
+    Raises:
+        TypeError: neither a name nor callable, or its values are no numbers.
+        ValueError: an unknown name, or a value out of range.
+    """
+    if isinstance(schedule, str):
+        if schedule not in _NAMES:
+            raise ValueError(
+                f"There is no schedule named {schedule!r}; the names are {', '.join(map(repr, _NAMES))}. Pass one of them, "
+                "or a function from progress (0 to 1) to a rate."
+            )
+        return schedule
+    if not callable(schedule):
+        raise TypeError(
+            f"schedule must be one of {', '.join(map(repr, _NAMES))}, or a function from progress (0 to 1) to a rate, not "
+            f"{schedule!r}."
+        )
+    for progress in (0.0, 0.5, 1.0):
+        checked_scheduled_rate(schedule(progress), progress)
+    return schedule  # type: ignore[no-any-return]
+
+
+def checked_scheduled_rate(rate: Any, progress: float) -> float:
+    """What a schedule returned, as a rate.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not in [0, 1).
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"The schedule returned {rate!r} at progress {progress:g}; it must return a rate in [0, 1).")
+    if not (math.isfinite(rate) and 0 <= rate < 1):
+        raise ValueError(f"The schedule returned {rate!r} at progress {progress:g}; a rate must be in [0, 1).")
+    return float(rate)
+
+
+def checked_progress(progress: Any) -> float:
+    """``progress`` as a float in [0, 1].
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(progress, bool) or not isinstance(progress, (int, float)):
+        raise TypeError(f"progress must be a number in [0, 1], not {progress!r}.")
+    if not 0 <= progress <= 1:
+        raise ValueError(
+            f"progress must be in [0, 1], not {progress!r}: it is the share of the run that is done, such as step / total."
+        )
+    return float(progress)
