@@ -5,6 +5,7 @@ Statistical tests draw with fixed seeds and reject at p < 1e-6, so that a sound 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import pickle
@@ -202,6 +203,117 @@ def test_effective_rates_leave_room_never_raise_a_rate_and_keep_proportions(unit
         assert math.fsum(rate for _, rate in trainable) == pytest.approx(min(asked, len(trainable) - 1), abs=1e-9)
     for (a, x), (b, y) in itertools.pairwise(trainable):
         assert a * y == pytest.approx(b * x, abs=1e-12)
+
+
+# ---- balanced FLOPs --------------------------------------------------------------------------------------------------
+
+
+def costing(flops: Sequence[float], rates: Sequence[float], *, frozen: Iterable[int] = ()) -> list[Unit]:
+    pairs = enumerate(zip(flops, rates, strict=True))
+    return [Unit(rate, index not in set(frozen), cost) for index, (cost, rate) in pairs]
+
+
+ALTERNATING = costing([1.0, 2.5] * 12, [0.5] * 24)
+SPREAD = costing([1.0, 3.0, 0.5, 2.0, 2.0, 7.0, 0.0, 1.5, 4.0], [0.3, 0.8, 0.1, 0.5, 0.6, 0.25, 0.9, 0.0, 0.45])
+TWO_KINDS = costing([5.0, 1.0, 2.0, 8.0, 3.0, 1.0, 2.5], [0.3, 0.8, 0.6, 0.5, 0.7, 0.25, 0.9], frozen=(1, 3, 6))
+BALANCED = {"alternating": ALTERNATING, "spread": SPREAD, "two kinds": TWO_KINDS}
+
+
+def flops_error(units: Sequence[Unit], pattern: Pattern) -> float:
+    """How far the dropped FLOPs are from their expectation."""
+    expected = math.fsum(rate * unit.flops for rate, unit in zip(effective_rates(units), units, strict=True))
+    return math.fsum(units[index].flops for index in pattern) - expected
+
+
+def flops_bound(units: Sequence[Unit]) -> float:
+    kinds = {unit.trainable for unit in units if unit.rate}
+    return len(kinds) * max((unit.flops for unit in units if unit.rate), default=0.0)
+
+
+@pytest.mark.parametrize("units", BALANCED.values(), ids=BALANCED.keys())
+def test_unequal_flops_leave_every_frequency_as_it_is(units: list[Unit]) -> None:
+    assert_each_rate(draws(units, 20_000), effective_rates(units))
+
+
+@pytest.mark.parametrize("units", BALANCED.values(), ids=BALANCED.keys())
+def test_every_draw_drops_nearly_the_flops_that_the_rates_ask_for(units: list[Unit]) -> None:
+    errors = [flops_error(units, pattern) for pattern in draws(units, 5_000)]
+    assert max(map(abs, errors)) < flops_bound(units)
+    independent = math.fsum(unit.flops**2 * unit.rate * (1 - unit.rate) for unit in units)
+    assert math.fsum(error**2 for error in errors) / len(errors) < independent / 2
+
+
+def test_the_flops_of_many_units_vary_far_less_than_with_independent_or_merely_counted_draws() -> None:
+    rng = random.Random(0)
+    units = costing([rng.uniform(1, 3) for _ in range(64)], [0.5] * 64)
+    balanced = [flops_error(units, pattern) for pattern in draws(units, 2_000)]
+    indifferent = [Unit(unit.rate, True) for unit in units]
+    counted = [flops_error(units, pattern) for pattern in draws(indifferent, 2_000)]
+    independent = math.fsum(unit.flops**2 * 0.25 for unit in units)
+    assert np.var(balanced) < 0.1 * np.var(counted)
+    assert np.var(balanced) < 0.005 * independent
+
+
+def test_among_alternating_kinds_balance_alone_decides_how_many_of_each_are_dropped() -> None:
+    """12 of 24 at 0.5 with the FLOPs balanced are 6 of each kind: any 6, each equally likely, in whatever order."""
+    patterns = draws(ALTERNATING, 20_000)
+    assert {(sum(i % 2 == 0 for i in p), sum(i % 2 for i in p)) for p in patterns} == {(6, 6)}
+    together = Counter(pair for p in patterns for pair in itertools.combinations(sorted(p), 2))
+    for first, second in [(0, 1), (0, 3), (0, 23), (11, 12), (5, 20)]:
+        assert_frequency(together[first, second], len(patterns), 0.25)
+    for first, second in [(0, 2), (0, 22), (10, 12), (1, 3), (1, 23)]:
+        assert_frequency(together[first, second], len(patterns), 6 * 5 / (12 * 11))
+
+
+def test_kinds_in_blocks_are_drawn_like_kinds_that_alternate() -> None:
+    blocks = draws(costing([1.0] * 6 + [2.5] * 6, [0.45] * 12), 20_000)
+    alternating = draws(costing([1.0, 2.5] * 6, [0.45] * 12), 20_000, seed=1)
+    table = Counter(sum(i < 6 for i in p) for p in blocks), Counter(sum(i % 2 == 0 for i in p) for p in alternating)
+    seen = sorted(set(table[0]) | set(table[1]))
+    assert len(seen) > 1
+    assert stats.chi2_contingency([[counts[k] for k in seen] for counts in table]).pvalue > P_VALUE
+
+
+def test_patterns_of_equal_count_and_flops_are_equally_likely() -> None:
+    patterns = Counter(draws(costing([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0], [1 / 3] * 3 + [0.5] * 4), 20_000))
+    assert len(patterns) == 3 * math.comb(4, 2)
+    assert stats.chisquare(list(patterns.values())).pvalue > P_VALUE
+
+
+def test_units_without_any_flops_are_drawn_like_units_of_equal_flops() -> None:
+    patterns = Counter(draws(costing([0.0] * 6, [0.5] * 6), 20_000))
+    assert len(patterns) == math.comb(6, 3)
+    assert stats.chisquare(list(patterns.values())).pvalue > P_VALUE
+
+
+any_units = st.lists(
+    st.builds(
+        Unit,
+        rate=st.one_of(st.just(0.0), st.just(0.5), st.floats(0, 1, exclude_max=True)),
+        trainable=st.booleans(),
+        flops=st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0, 1e300)),
+    ),
+    max_size=30,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=500)
+@given(units=any_units, seed=st.integers(0, 2**32), keep_one=st.booleans())
+def test_any_units_are_drawn_in_balance(units: list[Unit], seed: int, keep_one: bool) -> None:
+    rates = effective_rates(units, keep_one=keep_one)
+    dropped = draw_dropped(units, random.Random(seed), keep_one=keep_one)
+    assert all(rates[index] > 0 for index in dropped)
+    for members in (range(len(units)), [index for index, unit in enumerate(units) if unit.trainable]):
+        total = math.fsum(rates[index] for index in members)
+        assert math.floor(total + 1e-9) <= len(dropped.intersection(members)) <= math.ceil(total - 1e-9)
+    largest = max((unit.flops for unit in units), default=0.0) or 1.0
+    scaled = [
+        dataclasses.replace(unit, rate=rate, flops=unit.flops / largest)
+        for unit, rate in zip(units, rates, strict=True)
+    ]
+    expected = math.fsum(unit.rate * unit.flops for unit in scaled)
+    error = abs(math.fsum(scaled[index].flops for index in dropped) - expected)
+    assert error <= flops_bound(scaled) + 1e-9
 
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
