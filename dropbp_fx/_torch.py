@@ -311,6 +311,11 @@ def keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def saved_tensor_hooks_are_set() -> bool:
+    """Whether tensors saved for the backward now go through somebody's hooks."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
+
+
 def in_checkpoint_recomputation() -> bool:
     """Whether this thread is recomputing a non-reentrant ``torch.utils.checkpoint`` (its hooks are the topmost)."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import logging
 import threading
 import warnings
@@ -27,11 +28,17 @@ from dropbp_fx.graph.naming import ModuleTree, name_branches
 from dropbp_fx.graph.regions import insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.patterns import DrawFunction, Pattern
+from dropbp_fx.policy.ramps import RateSchedule, checked_progress
+from dropbp_fx.policy.ranks import agreed
+from dropbp_fx.policy.rates import Rates, RateView
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.runtime.calibration import Calibration, calibrate
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
 from dropbp_fx.runtime.dispatch import RegionRunner
+from dropbp_fx.runtime.observation import Observation, Observer
+from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
 
 log = logging.getLogger("dropbp_fx")
@@ -48,7 +55,8 @@ class BackendStats:
     Attributes:
         forwards: training forwards, evaluation not counted.
         realised_rate: share of droppable (branch, forward) pairs that was dropped, pinned forwards included.
-        attainable_rate: what the rates come to when one trainable branch (layer) is always kept.
+        realised_flops_rate: the same, branches weighted by the backward FLOPs that dropping them saves.
+        attainable_rate: what the pattern makes of the rates in the long run, one trainable branch always being kept.
         graphs: graphs that Dynamo compiled, training and evaluation.
         unique_regions: regions with a structure of their own; equal layers count once.
         compiled_variants: compiled variants of regions.
@@ -57,6 +65,7 @@ class BackendStats:
 
     forwards: int
     realised_rate: float
+    realised_flops_rate: float
     attainable_rate: float
     graphs: int
     unique_regions: int
@@ -73,12 +82,27 @@ class _State:
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
     modules: ModuleTree
+    observer: Observer
     calibration: Calibration | None = None
     calibrating_thread: int = 0
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
-        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], ModuleTree())
+        schedule = Schedule(
+            Rates(
+                config.rate,
+                allocation=config.allocation,
+                schedule=config.schedule,
+                max_rate=config.max_rate,
+                rescale=config.rescale,
+            ),
+            config.granularity,
+            config.seed,
+            pattern=config.pattern,
+            total_forwards=config.total_forwards,
+            reallocate_every=config.reallocate_every,
+        )
+        return cls(schedule, CompileCounts(), {}, [], ModuleTree(), Observer(schedule))
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -98,12 +122,15 @@ class _GraphPolicy:
     state: _State
     indices: tuple[int, ...]
 
-    def draw(self) -> frozenset[int]:
-        dropped = self.state.schedule.draw(self.indices)
-        return frozenset(position for position, index in enumerate(self.indices) if index in dropped)
+    def draw(self) -> Drawn:
+        self.state.observer.reallocate_if_due()
+        schedule = self.state.schedule
+        dropped = schedule.draw(self.indices)
+        local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
+        return Drawn(local, schedule.scales(self.indices))
 
-    def scale(self, branch: int) -> float:
-        return self.state.schedule.scale(self.indices[branch])
+    def observation(self) -> Observation | None:
+        return self.state.observer.observation()
 
     def index(self, branch: int) -> int:
         return self.indices[branch]
@@ -211,7 +238,9 @@ class DropBPBackend:
         indices: Sequence[int],
         compiler: Compiler,
     ) -> RegionRunner:
-        program = split_into_regions(gm, branches, insert_gates(gm, branches))
+        program = split_into_regions(
+            gm, branches, insert_gates(gm, branches, drop=self._config.drop, rescale=self._config.rescale)
+        )
         fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
         dynamic = any(
             isinstance(size, torch.SymInt)
@@ -230,6 +259,11 @@ class DropBPBackend:
             if key not in self._state.variants:
                 self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
             variants.append(self._state.variants[key])
+        for region, variant in zip(program.regions, variants, strict=True):
+            for label, branch in enumerate(region.branches):
+                saved = variant.gradient_flops() - variant.gradient_flops(frozenset({label}))
+                self._state.schedule.branches[indices[branch]].backward_flops = saved
+        self._state.schedule.assign()
         runner = RegionRunner(program, variants, _GraphPolicy(self._state, tuple(indices)))
         self._state.runners.append(runner)
         if dynamic:
@@ -255,6 +289,40 @@ class DropBPBackend:
     @rate.setter
     def rate(self, rate: float) -> None:
         self._state.schedule.rate = checked_rate(rate)
+
+    @property
+    def rates(self) -> RateView:
+        """The drop rate of every branch, by name; empty before the first forward.
+
+        ``backend.rates["model.layers.3.mlp"] = 0.2`` sets one by hand, ``backend.rates = {...}`` several; they take effect
+        at the next forward, without recompiling, and hold until ``del backend.rates[name]`` or until :attr:`rate` is set.
+
+        Raises:
+            KeyError: the model has no such branch, or has not run yet.
+            TypeError, ValueError: something that is no rate.
+        """
+        schedule = self._state.schedule
+        return RateView(schedule.branches, schedule.rates, schedule.assign, checked_rate)
+
+    @rates.setter
+    def rates(self, rates: Mapping[str, float]) -> None:
+        self.rates.replace(rates)
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, from 0 to 1: what a schedule goes by.
+
+        Set it in the training loop, once an optimizer step (``backend.progress = step / total_steps``), unless
+        ``total_forwards`` lets forwards count it.
+
+        Raises:
+            TypeError, ValueError: when set to something that is no number in [0, 1].
+        """
+        return self._state.schedule.progress
+
+    @progress.setter
+    def progress(self, progress: float) -> None:
+        self._state.schedule.progress = checked_progress(progress)
 
     def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop exactly these branches, given by index or name.
@@ -301,15 +369,22 @@ class DropBPBackend:
         def keep(found: Mapping[int, float]) -> None:
             values = tuple(found.get(branch.index, 0.0) for branch in table)
             samples.append(Sensitivity(tuple(branch.name for branch in table), values, metric, 1))
-            self._state.schedule.learn(Sensitivity.mean(samples))
+            self._state.schedule.learn(agreed(Sensitivity.mean(samples)))
 
         calibrate(step, self._state.under, metric, batches, keep, progress)
-        return Sensitivity.mean(samples)
+        measured = self.sensitivity
+        assert measured is not None
+        return measured
 
     @property
     def sensitivity(self) -> Sensitivity | None:
-        """What the branches' sensitivities are known to be, ``None`` before :meth:`calibrate`."""
+        """The branches' sensitivities that were measured or estimated last, ``None`` before that."""
         return self._state.schedule.sensitivity
+
+    @property
+    def running_sensitivity(self) -> Sensitivity | None:
+        """The running estimate of ``reallocate_every``, ``None`` while too few steps were observed. Waits for the device."""
+        return self._state.observer.estimate()
 
     def warmup(self) -> None:
         """Compile every variant now that steps of a run will need, rather than when each is first drawn."""
@@ -323,6 +398,7 @@ class DropBPBackend:
         return BackendStats(
             forwards=schedule.forwards,
             realised_rate=schedule.realised_rate(),
+            realised_flops_rate=schedule.realised_flops_rate(),
             attainable_rate=schedule.attainable_rate(),
             graphs=counts.graphs,
             unique_regions=counts.regions,
@@ -412,6 +488,14 @@ def dropbp_backend(
     rate: float = 0.5,
     *,
     granularity: str = "branch",
+    pattern: str | Pattern | DrawFunction = "random",
+    allocation: str = "uniform",
+    max_rate: float = 0.95,
+    reallocate_every: int | None = None,
+    schedule: str | RateSchedule = "constant",
+    total_forwards: int | None = None,
+    drop: str = "branch",
+    rescale: bool = False,
     inner: InnerCompiler = "inductor",
     options: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -425,8 +509,24 @@ def dropbp_backend(
         model = torch.compile(model, backend=backend)
 
     Args:
-        rate: share of residual branches whose backward is dropped at each training step, in [0, 1).
+        rate: share of the residual branches' backward work (FLOPs) that is dropped at each training step, in [0, 1).
         granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
+        pattern: which branches are dropped together: "random" (the paper), "independent", "suffix" (everything below a
+            random depth), "window" (one contiguous run of layers), or a pattern of your own
+            (:class:`~dropbp_fx.policy.patterns.Pattern`).
+        allocation: "uniform" gives every branch the same rate; "sensitivity" gives rates by sensitivity, once it is known:
+            after :meth:`DropBPBackend.calibrate`, or by ``reallocate_every``.
+        max_rate: the highest rate that allocation or a named schedule gives, in (0, 1).
+        reallocate_every: keep a running estimate of the sensitivities from ordinary steps, and re-allocate the rates once
+            in so many forwards.
+        schedule: how the rate changes over the run: "constant", "ramp_up" (from 0 to 2 ``rate``), "ramp_down", "step"
+            (nothing in the first half, 2 ``rate`` in the second), or a function from progress (0 to 1) to a rate.
+        total_forwards: the run's length in training forwards (micro-batches), to count progress by. Without it the training
+            loop sets :attr:`DropBPBackend.progress`.
+        drop: "branch" drops all gradients of a branch; "weights" those of its parameters only, so that all other
+            parameters' gradients stay exact.
+        rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
+            then unbiased.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -437,7 +537,23 @@ def dropbp_backend(
     Raises:
         TypeError, ValueError: a bad value, before anything is compiled.
     """
-    return DropBPBackend(BackendConfig.checked(rate, granularity, inner, options, seed, strict))
+    config = BackendConfig.checked(
+        rate,
+        granularity=granularity,
+        pattern=pattern,
+        allocation=allocation,
+        max_rate=max_rate,
+        reallocate_every=reallocate_every,
+        schedule=schedule,
+        total_forwards=total_forwards,
+        drop=drop,
+        rescale=rescale,
+        inner=inner,
+        options=options,
+        seed=seed,
+        strict=strict,
+    )
+    return DropBPBackend(config)
 
 
 def dropbp(
@@ -456,10 +572,11 @@ def dropbp(
         TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
     """
     named = dict(options or {})
-    unknown = sorted(set(named) - set(_OPTION_NAMES))
+    names = tuple(inspect.signature(dropbp_backend).parameters)
+    unknown = sorted(set(named) - set(names))
     if unknown:
         raise ValueError(
-            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(_OPTION_NAMES)}. Options "
+            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(names)}. Options "
             "for Inductor go into the option named 'options'."
         )
     config = dropbp_backend(**named)._config  # checked before anything is looked up: as keys, False and 0 are equal
@@ -471,4 +588,3 @@ def dropbp(
 
 
 _named_backends: list[DropBPBackend] = []
-_OPTION_NAMES = ("rate", "granularity", "inner", "options", "seed", "strict")

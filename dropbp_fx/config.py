@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dropbp_fx import _torch
+from dropbp_fx.graph.regions import Drop
+from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
+from dropbp_fx.policy.ramps import RateSchedule, checked_schedule
+from dropbp_fx.policy.rates import Allocation
 from dropbp_fx.policy.schedule import Granularity
 from dropbp_fx.runtime.compiler import InnerCompiler
 
 _INNER_NAMES = ("inductor", "aot_eager")
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,14 @@ class BackendConfig:
 
     rate: float
     granularity: Granularity
+    pattern: Pattern
+    allocation: Allocation
+    max_rate: float
+    reallocate_every: int | None
+    schedule: str | RateSchedule
+    total_forwards: int | None
+    drop: Drop
+    rescale: bool
     inner: InnerCompiler
     options: tuple[tuple[str, Any], ...]
     seed: int | None
@@ -31,7 +42,16 @@ class BackendConfig:
     def checked(
         cls,
         rate: float,
+        *,
         granularity: str,
+        pattern: str | Pattern | DrawFunction,
+        allocation: str,
+        max_rate: float,
+        reallocate_every: int | None,
+        schedule: str | RateSchedule,
+        total_forwards: int | None,
+        drop: str,
+        rescale: bool,
         inner: InnerCompiler,
         options: Mapping[str, Any] | None,
         seed: int | None,
@@ -43,11 +63,27 @@ class BackendConfig:
             TypeError: a value of the wrong type.
             ValueError: a value out of range or an unknown name.
         """
-        if granularity not in GRANULARITIES:
+        _check_name(
+            "granularity", granularity, Granularity, "drop single branches, or all branches of a layer together"
+        )
+        _check_name("allocation", allocation, Allocation, "give every branch the same rate, or rates by sensitivity")
+        _check_name("drop", drop, Drop, "drop all gradients of a branch, or those of its parameters only")
+        rate = checked_rate(rate)
+        max_rate = checked_max_rate(max_rate)
+        if allocation == "sensitivity" and rate > max_rate:
             raise ValueError(
-                f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, not {granularity!r}: drop single "
-                "branches, or all branches of a layer together."
+                f"With allocation='sensitivity' the rate cannot be above max_rate, but rate={rate} and max_rate={max_rate}: "
+                "no allocation meets it. Lower the rate or raise max_rate."
             )
+        _check_count("total_forwards", total_forwards)
+        _check_count("reallocate_every", reallocate_every)
+        if reallocate_every is not None and allocation != "sensitivity":
+            raise ValueError(
+                f"reallocate_every={reallocate_every} re-allocates rates by a running estimate of sensitivities, which "
+                f"allocation={allocation!r} does not use. Pass allocation='sensitivity' with it."
+            )
+        if not isinstance(rescale, bool):
+            raise TypeError(f"rescale must be True or False, not {rescale!r}.")
         if isinstance(inner, str):
             if inner not in _INNER_NAMES:
                 raise ValueError(
@@ -64,13 +100,50 @@ class BackendConfig:
         if not isinstance(strict, bool):
             raise TypeError(f"strict must be True or False, not {strict!r}.")
         return cls(
-            rate=checked_rate(rate),
+            rate=rate,
             granularity=granularity,  # type: ignore[arg-type]
+            pattern=resolve_pattern(pattern),
+            allocation=allocation,  # type: ignore[arg-type]
+            max_rate=max_rate,
+            reallocate_every=reallocate_every,
+            schedule=checked_schedule(schedule),
+            total_forwards=total_forwards,
+            drop=drop,  # type: ignore[arg-type]
+            rescale=rescale,
             inner=inner,
             options=checked_inductor_options(options, inner),
             seed=seed,
             strict=strict,
         )
+
+
+def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:
+    valid = get_args(names)
+    if value not in valid:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, valid))}, not {value!r}: {meaning}.")
+
+
+def _check_count(argument: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be a whole number of forwards or None, not {value!r}.")
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1, not {value}.")
+
+
+def checked_max_rate(rate: Any) -> float:
+    """``max_rate`` as a float in (0, 1).
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"max_rate must be a number in (0, 1), not {rate!r}.")
+    if not 0 < rate < 1:
+        raise ValueError(f"max_rate must be in (0, 1), not {rate!r}: it is the highest rate that any branch is given.")
+    return float(rate)
 
 
 def checked_rate(rate: Any) -> float:

@@ -98,6 +98,6 @@ class BranchTable:
 
 def unknown_name(name: str, known: Iterable[str]) -> str:
     """A sentence that tells which names there are."""
-        names = list(known)
+    names = list(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return f"There is no branch named {name!r}; did you mean {', '.join(map(repr, close))}? See backend.branches."

@@ -6,17 +6,25 @@ import contextlib
 import dataclasses
 import random
 import threading
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from dropbp_fx.policy.branches import Branch, BranchTable
-from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
-from dropbp_fx.policy.sensitivity import Sensitivity
+from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
+from dropbp_fx.policy.rates import Rates
+from dropbp_fx.policy.running import Observed, RunningSensitivity
+from dropbp_fx.policy.sampling import Unit
+from dropbp_fx.policy.sensitivity import Metric, Sensitivity
 
 Granularity = Literal["branch", "layer"]
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+#: Share of the forwards that are observed for a running estimate: one in so many.
+_OBSERVE_EVERY = 8
+#: A run whose schedule has not moved by this many forwards was probably never told of its progress.
+_PROGRESS_EXPECTED_BY = 100
 
 
 @dataclasses.dataclass
@@ -49,15 +57,39 @@ class Schedule:
 
     Patterns are a function of (seed, number of the round, rates, branches): they leave every other random stream alone,
     and a resumed run goes on with the same ones. ``seed=None`` takes ``torch.initial_seed()`` at the first draw.
+
+    Args:
+        rates: how the branches get their rates; a number stands for equal ones.
+        granularity: "branch" drops single branches; "layer" all branches of a layer together.
+        seed: seeds the patterns.
+        pattern: which branches are dropped together.
+        total_forwards: length of the run, if forwards are to advance its progress.
+        reallocate_every: re-allocate rates by a running estimate of sensitivities, once in so many forwards.
     """
 
-    def __init__(self, rate: float, granularity: Granularity, seed: int | None) -> None:
+    def __init__(
+        self,
+        rates: Rates | float,
+        granularity: Granularity,
+        seed: int | None,
+        *,
+        pattern: Pattern | None = None,
+        total_forwards: int | None = None,
+        reallocate_every: int | None = None,
+    ) -> None:
         self.branches = BranchTable()
         self.granularity: Granularity = granularity
         self.forwards = 0
-        self._rate = rate
+        self.rates = rates if isinstance(rates, Rates) else Rates(rates)
+        self.pattern: Pattern = pattern or RandomPattern()
+        self._total_forwards = total_forwards
+        self._reallocate_every = reallocate_every
+        self._running = RunningSensitivity()
+        self._progress_told = False
+        self._scales: dict[int, float] | None = None  # by branch; forgotten whenever a rate changes
         self._seed = seed
         self._rounds = 0
+        self._reallocated = 0  # the round at which rates were last re-allocated
         self._expected: set[str] | None = None  # names in a loaded state that no graph has shown yet
         self._strict_state = True
         self._thread = _PerThread()
@@ -69,14 +101,37 @@ class Schedule:
 
     @property
     def rate(self) -> float:
-        return self._rate
+        return self.rates.rate
 
     @rate.setter
     def rate(self, rate: float) -> None:
-        self._rate = rate
         with self._lock:
-            for branch in self.branches:
-                branch.rate = rate
+            self.rates.rate = rate
+            self.assign()
+
+    @property
+    def progress(self) -> float:
+        return self.rates.progress
+
+    @progress.setter
+    def progress(self, progress: float) -> None:
+        with self._lock:
+            self._progress_told = True
+            self.rates.progress = progress
+            self.assign()
+
+    def assign(self) -> None:
+        """Give every branch the rate that is its due now."""
+        with self._lock:
+            self.rates.assign(tuple(self.branches))
+            self._scales = None
+
+    def learn(self, sensitivity: Sensitivity) -> None:
+        """Take note of measured sensitivities."""
+        with self._lock:
+            self.sensitivity = sensitivity
+            self.rates.sensitivities = dict(zip(sensitivity.names, sensitivity.values, strict=True))
+            self.assign()
 
     @contextlib.contextmanager
     def override(self, chosen: Iterable[int | str | Branch]) -> Iterator[None]:
@@ -104,7 +159,9 @@ class Schedule:
 
     # ---- what the compiled graphs call -----------------------------------------------------------------------------
 
-    def meet(self, name: str, layer: str, *, trainable: bool, droppable: bool) -> Branch:
+    def meet(
+        self, name: str, layer: str, *, trainable: bool, droppable: bool, backward_flops: int | None = None
+    ) -> Branch:
         """Enter a branch of a newly compiled graph into the table.
 
         Raises:
@@ -118,11 +175,14 @@ class Schedule:
                     f"has {len(self.branches)} branches ({known}, ...) without it. Load the state of the same "
                     "model, or pass strict=False to load_state_dict."
                 )
-            branch = self.branches.meet(name, layer, rate=self._rate)
+            branch = self.branches.meet(name, layer, rate=self.rates.current)
             if self._expected is not None:
                 self._expected.discard(name)
             branch.trainable |= trainable
             branch.droppable |= droppable
+            if backward_flops is not None:
+                branch.backward_flops = backward_flops
+            self.assign()
             for override in self._thread.overrides:
                 override.unmet -= {branch.name, branch.index}
             return branch
@@ -137,13 +197,62 @@ class Schedule:
             mine = set(indices)
             pinned = self._pinned()
             dropped = frozenset(self._take(mine) if pinned is None else pinned & mine)
-            first = min(mine, default=0)
-            self.forwards += first == self._first_index(mine)
+            self.forwards += min(mine, default=0) == self._first_index(mine)
             for index in mine:
                 branch = self.branches[index]
                 branch.times_seen += 1
                 branch.times_dropped += index in dropped
             return dropped
+
+    def scales(self, indices: Sequence[int]) -> tuple[float, ...]:
+        """What the forward just drawn multiplies each branch's gradients by if it is kept; empty if by nothing."""
+        if not self.rates.rescale or self._thread.overrides:
+            return ()
+        with self._lock:
+            return tuple(self._scale(index) for index in indices)
+
+    @property
+    def round_number(self) -> int:
+        """The number of this thread's present round, from 1."""
+        return self._thread.round.number
+
+    def observes(self) -> bool:
+        """Whether the forward that was just drawn is to be observed."""
+        return (
+            self._reallocate_every is not None
+            and not self._thread.overrides
+            and self._thread.round.number % _OBSERVE_EVERY == 1
+        )
+
+    def observed(self, branches: Mapping[int, Observed], stem: float) -> None:
+        """Take note of what a step showed of its kept branches, by index."""
+        with self._lock:
+            self._running.observe({self.branches[index].name: found for index, found in branches.items()}, stem)
+
+    def running_estimate(self, metric: Metric = "gradnorm") -> Sensitivity | None:
+        """Sensitivities estimated from the steps observed so far, ``None`` while there are too few."""
+        with self._lock:
+            names = [branch.name for branch in self.branches if branch.droppable]
+            estimates = self._running.estimate(names, metric) if names else None
+            if estimates is None:
+                return None
+            values = tuple(estimates.get(branch.name, 0.0) for branch in self.branches)
+            return Sensitivity(tuple(branch.name for branch in self.branches), values, metric, 1)
+
+    def reallocation_due(self) -> bool:
+        """Whether rates are to be re-allocated before the next forward."""
+        with self._lock:
+            every = self._reallocate_every
+            return (
+                every is not None
+                and self._rounds > 0
+                and self._rounds % every == 0
+                and self._reallocated != self._rounds
+            )
+
+    def reallocated(self) -> None:
+        """Re-allocation was due, and is done or cannot be done yet."""
+        self._reallocated = self._rounds
 
     def _first_index(self, mine: Collection[int]) -> int:
         """A forward is counted by the graph that holds the first droppable branch."""
@@ -176,11 +285,38 @@ class Schedule:
         if not current.number or current.epoch != self._epoch or mine & current.used:
             self._check_state_is_complete()
             self._rounds += 1
+            self._advance()
             current = self._thread.round = _Round(number=self._rounds, epoch=self._epoch)
         if not mine <= current.drawn:
             self._extend(current)
         current.used |= mine
         return current.dropped & mine
+
+    def _advance(self) -> None:
+        """Let a new round move the schedule on, if forwards are what moves it."""
+        if self._total_forwards is not None:
+            self.rates.progress = min(1.0, (self._rounds - 1) / max(1, self._total_forwards - 1))
+            if self.rates.schedule != "constant":
+                self.assign()
+        elif self.rates.schedule != "constant" and not self._progress_told and self._rounds == _PROGRESS_EXPECTED_BY:
+            warnings.warn(
+                f"The schedule {self.rates.schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
+                "backend.progress = step / total_steps in the training loop, or pass total_forwards=... to "
+                "dropbp_backend.",
+                stacklevel=2,
+            )
+
+    def _scale(self, index: int) -> float:
+        """1 / (1 - how often the branch is dropped): kept gradients times this are right on average."""
+        if self._scales is None:
+            groups = self._units([b for b in self.branches if b.droppable])
+            often = frequencies(self.pattern, [unit for unit, _ in groups])
+            self._scales = {
+                member: 1.0 / (1.0 - share) if share < 1 else 1.0
+                for share, (_, members) in zip(often, groups, strict=True)
+                for member in members
+            }
+        return self._scales.get(index, 1.0)
 
     def _extend(self, current: _Round) -> None:
         """Draw for every known branch that this round has no answer for yet."""
@@ -191,32 +327,27 @@ class Schedule:
         )
         groups = self._units([b for b in fresh if b.droppable])
         rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{current.number}:{len(current.drawn)}")
-        chosen = draw_dropped([unit for unit, _ in groups], rng, keep_one=not kept_one)
+        chosen = checked_draw(self.pattern, [unit for unit, _ in groups], rng, keep_one=not kept_one)
         for index in chosen:
             current.dropped.update(groups[index][1])
         current.drawn.update(b.index for b in fresh)
 
     def _units(self, branches: Sequence[Branch]) -> list[tuple[Unit, list[int]]]:
         """What is dropped as a whole, with the indices of its branches."""
-        if self.granularity == "branch":
-            return [(Unit(b.rate, b.trainable), [b.index]) for b in branches]
-        layers: dict[str, list[Branch]] = {}
+        groups: dict[str, list[Branch]] = {}
         for branch in branches:
-            layers.setdefault(branch.layer, []).append(branch)
-        return [
-            (Unit(sum(b.rate for b in group) / len(group), any(b.trainable for b in group)), [b.index for b in group])
-            for group in layers.values()
-        ]
+            groups.setdefault(branch.name if self.granularity == "branch" else branch.layer, []).append(branch)
+        return [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
 
     # ---- what is asked about it ------------------------------------------------------------------------------------
 
     def attainable_rate(self) -> float:
-        """The share of droppable branches that is dropped in the long run, one trainable unit always being kept."""
+        """The share of droppable branches that the pattern drops in the long run."""
         groups = self._units([b for b in self.branches if b.droppable])
-        rates = effective_rates([unit for unit, _ in groups])
+        often = frequencies(self.pattern, [unit for unit, _ in groups])
         size = sum(len(indices) for _, indices in groups)
         return (
-            sum(rate * len(indices) for rate, (_, indices) in zip(rates, groups, strict=True)) / size if size else 0.0
+            sum(share * len(indices) for share, (_, indices) in zip(often, groups, strict=True)) / size if size else 0.0
         )
 
     def realised_rate(self) -> float:
@@ -225,11 +356,11 @@ class Schedule:
         seen = sum(branch.times_seen for branch in droppable)
         return sum(branch.times_dropped for branch in droppable) / seen if seen else 0.0
 
-    def learn(self, sensitivity: Sensitivity) -> None:
-        self.sensitivity = sensitivity
-
-    def scale(self, index: int) -> float:
-        return 1.0
+    def realised_flops_rate(self) -> float:
+        """The same, branches counting by the backward FLOPs that dropping them saves."""
+        droppable = [branch for branch in self.branches if branch.droppable]
+        seen = sum(branch.times_seen * branch.backward_flops for branch in droppable)
+        return sum(branch.times_dropped * branch.backward_flops for branch in droppable) / seen if seen else 0.0
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +374,12 @@ class Schedule:
         with self._lock:
             return {
                 "version": _STATE_VERSION,
-                "rate": self._rate,
+                "rate": self.rates.rate,
+                "progress": self.rates.progress,
+                "rates_by_hand": dict(self.rates.by_hand),
+                "sensitivity": None if self.sensitivity is None else dataclasses.asdict(self.sensitivity),
+                "running": self._running.state_dict(),
+                "reallocated": self._reallocated,
                 "granularity": self.granularity,
                 "seed": self._seed,
                 "rounds": self._rounds,
@@ -263,6 +399,9 @@ class Schedule:
                 f"This is no state of a dropbp_fx backend of version {_STATE_VERSION}: its version is "
                 f"{state.get('version')!r}. Pass what state_dict() returned."
             )
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise ValueError(f"The state lacks {', '.join(map(repr, missing))}. Pass what state_dict() returned, whole.")
         if state["granularity"] != self.granularity:
             raise ValueError(
                 f"The state was saved with granularity={state['granularity']!r}, this backend has "
@@ -277,7 +416,18 @@ class Schedule:
                     f"The state does not fit this model: it has {len(names)} branches, the model has {len(met)}; they "
                     f"differ in {', '.join(odd)}. Load the state of the same model, or pass strict=False."
                 )
-            self._rate = state["rate"]
+            self.rates.rate = state["rate"]
+            self.rates.progress = state["progress"]
+            self.rates.by_hand.update(state["rates_by_hand"])
+            self._running.load_state_dict(state["running"])
+            self._reallocated = state["reallocated"]
+            measured = state["sensitivity"]
+            if measured is not None:
+                self.learn(
+                    Sensitivity(
+                        tuple(measured["names"]), tuple(measured["values"]), measured["metric"], measured["batches"]
+                    )
+                )
             self._seed = state["seed"]
             self._rounds = state["rounds"]
             self.forwards = state["forwards"]
@@ -287,8 +437,9 @@ class Schedule:
                 self._strict_state = strict
             for record in state["branches"]:
                 branch = self.branches.meet(record["name"], record["layer"], rate=record["rate"])
-                for field in ("rate", "trainable", "droppable", "times_seen", "times_dropped"):
+                for field in ("trainable", "droppable", "backward_flops", "times_seen", "times_dropped"):
                     setattr(branch, field, record[field])
+            self.assign()
 
     def _check_state_is_complete(self) -> None:
         """By the second forward after loading, every branch of the state should have turned up."""
@@ -303,3 +454,17 @@ class Schedule:
 
 def _plain(item: int | str | Branch) -> int | str:
     return item.name if isinstance(item, Branch) else item
+
+
+def _unit(group: Sequence[Branch]) -> Unit:
+    """Branches that are dropped together: their rate is the mean, weighted by what dropping each saves."""
+    flops = float(sum(branch.backward_flops for branch in group))
+    weights = [branch.backward_flops / flops if flops else 1 / len(group) for branch in group]
+    mean = sum(branch.rate * weight for branch, weight in zip(group, weights, strict=True))
+    return Unit(
+        rate=min(mean, max(branch.rate for branch in group)),  # rounding must not lift it above its parts
+        trainable=any(branch.trainable for branch in group),
+        flops=flops,
+        layer=group[0].layer,
+        name=group[0].name if len(group) == 1 else group[0].layer,
+    )

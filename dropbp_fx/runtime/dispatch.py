@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
+from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step, make_plan
-from dropbp_fx.runtime.recompute import PatternMemory
+from dropbp_fx.runtime.recompute import Drawn, PatternMemory
 from dropbp_fx.runtime.variants import RegionVariants
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
@@ -27,12 +28,12 @@ _EXHAUSTIVE_BRANCHES = 3
 class Policy(Protocol):
     """What one graph's forwards ask whoever decides over them. Branches go by their number in ``Region.branches``."""
 
-    def draw(self) -> frozenset[int]:
-        """The branches that the forward about to run drops; called once a forward."""
+    def draw(self) -> Drawn:
+        """What the forward about to run does; called once a forward."""
         ...
 
-    def scale(self, branch: int) -> float:
-        """What the gradients of a kept branch are multiplied by."""
+    def observation(self) -> Observation | None:
+        """Whoever watches the forward that was just drawn."""
         ...
 
     def index(self, branch: int) -> int:
@@ -85,40 +86,46 @@ class RegionRunner:
         if calibration is not None:
             return self._calibrate(calibration, arguments)
         key = self._memory.key(arguments)
-        pattern = self._pattern(key)
-        steps = self._plan(pattern)
-        values = self._values(arguments, self._policy.scale)
+        drawn, observation = self._drawn(key)
+        steps = self._plan(drawn.dropped)
+        values = self._values(arguments, drawn.scales)
         del arguments
         for step in steps:
-            _run_step(step, values)
+            if observation is None or step.forward_only:
+                _run_step(step, values)
+            else:
+                self._run_behind_border(step, values, observation)
         outputs = self._outputs(values)
-        self._memory.remember(key, outputs, pattern)
+        self._memory.remember(key, outputs, drawn)
         return outputs
 
     def _calibrate(self, calibration: Calibration, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
-        values = self._values(arguments, lambda _: 1.0)
+        values = self._values(arguments, ())
         del arguments
         for step in make_plan(self._program, self._variants, (), repeatable=True):
             if step.forward_only:
                 _run_step(step, values)
-                continue
-            branches = tuple(self._policy.index(branch) for branch in self._program.regions[step.region].branches)
-            made = calibration.run(step, self._variants[step.region], branches, values)
-            for slot, value in zip(step.outputs, made, strict=True):
-                values[slot] = value
-            for slot in step.dead:
-                values[slot] = None
+            else:
+                self._run_behind_border(step, values, calibration)
         return self._outputs(values)
 
-    def _values(self, arguments: Sequence[Any], scale: Callable[[int], float]) -> list[Any]:
+    def _run_behind_border(self, step: Step, values: list[Any], watcher: Calibration | Observation) -> None:
+        branches = tuple(self._policy.index(branch) for branch in self._program.regions[step.region].branches)
+        made = watcher.run(step, self._variants[step.region], branches, values)
+        for slot, value in zip(step.outputs, made, strict=True):
+            values[slot] = value
+        for slot in step.dead:
+            values[slot] = None
+
+    def _values(self, arguments: Sequence[Any], scales: Sequence[float]) -> list[Any]:
         values: list[Any] = [None] * self._program.slots
         for slot, value in zip(self._program.inputs, arguments, strict=True):
             values[slot] = value
         for slot, value in self._program.constants.items():
             values[slot] = value
         for branch, slot, device in self._program.scales:
-            wanted = scale(branch)
+            wanted = scales[branch] if scales else 1.0
             known = self._scales.get(slot)
             if known is None or known[0] != wanted:
                 known = self._scales[slot] = (wanted, torch.tensor(wanted, dtype=torch.float32, device=device))
@@ -128,18 +135,19 @@ class RegionRunner:
     def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
 
-    def _pattern(self, key: Hashable) -> frozenset[int]:
+    def _drawn(self, key: Hashable) -> tuple[Drawn, Observation | None]:
         if _torch.in_backward():
             repeated = self._memory.recall(key)
             if repeated is not None:
-                return repeated
+                return repeated, None
             if _torch.in_checkpoint_recomputation():
                 raise RuntimeError(
                     "A checkpointed block is being recomputed on other tensors than its forward read, so the pattern of "
                     "that forward cannot be told. Do not move a checkpoint's inputs between forward and backward, or "
                     "compile the model with the checkpoints inside."
                 )
-        return self._policy.draw()
+        drawn = self._policy.draw()
+        return drawn, self._policy.observation()
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
+from dropbp_fx.policy.ranks import agreed
 from dropbp_fx.policy.running import Observed
+from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.sensitivity import Sensitivity
 from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.variants import RegionVariants
@@ -24,7 +27,6 @@ class Observation:
 
     def __init__(self) -> None:
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
-        self._order: list[int] = []
         self._first_branch: int | None = None
         self._own: dict[int, list[Tensor]] = {}
         self._stem: list[Tensor] = []
@@ -76,6 +78,45 @@ class Observation:
             scale = leaving or 1.0
             found[branch] = Observed(own, arriving / scale, difference / scale)
         return found, _total(self._stem)
+
+
+class Observer:
+    """Observes some of a schedule's forwards, and re-allocates its rates when that is due."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._pending: list[tuple[int, Observation]] = []  # with the number of the round
+
+    def observation(self) -> Observation | None:
+        """Whoever watches the forward that was just drawn, ``None`` if nobody does.
+
+        A forward under saved-tensor hooks (a checkpoint's, for one) is not observed: borders would keep alive what those
+        hooks are there to free.
+        """
+        if not self._schedule.observes() or _torch.saved_tensor_hooks_are_set():
+            return None
+        number = self._schedule.round_number
+        if not self._pending or self._pending[-1][0] != number:
+            self._pending.append((number, Observation()))
+        return self._pending[-1][1]
+
+    def estimate(self) -> Sensitivity | None:
+        """The running estimate, with all that was observed up to now."""
+        for _, observation in self._pending:
+            branches, stem = observation.read()
+            if branches:
+                self._schedule.observed(branches, stem)
+        self._pending.clear()
+        return self._schedule.running_estimate()
+
+    def reallocate_if_due(self) -> None:
+        """Re-allocate rates by the running estimate, once in as many forwards as the schedule wants."""
+        if not self._schedule.reallocation_due():
+            return
+        estimate = self.estimate()
+        if estimate is not None:
+            self._schedule.learn(agreed(estimate))
+        self._schedule.reallocated()
 
 
 def _total(squares: Sequence[Tensor]) -> float:

@@ -8,12 +8,26 @@ backward that repeats no other (reentrant checkpoints, whose first run is withou
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What one forward of one graph does.
+
+    Attributes:
+        dropped: numbers of the graph's branches that it drops.
+        scales: what the gradients of each of the graph's branches are multiplied by if kept; empty if by nothing.
+    """
+
+    dropped: frozenset[int]
+    scales: tuple[float, ...] = ()
 
 
 class _Alive:
@@ -33,7 +47,7 @@ class PatternMemory:
             for index, example in enumerate(examples)
             if isinstance(example, torch.Tensor) and not isinstance(example, torch.nn.Parameter)
         ]
-        self._pending: dict[Hashable, weakref.WeakKeyDictionary[_Alive, frozenset[int]]] = {}
+        self._pending: dict[Hashable, weakref.WeakKeyDictionary[_Alive, Drawn]] = {}
         self._lock = threading.Lock()
         self._sweep_at = 64
 
@@ -41,7 +55,7 @@ class PatternMemory:
         """What tells one forward's inputs from another's."""
         return tuple(_identity(inputs[index]) for index in self._telling)
 
-    def remember(self, key: Hashable, outputs: Sequence[Any], pattern: frozenset[int]) -> None:
+    def remember(self, key: Hashable, outputs: Sequence[Any], pattern: Drawn) -> None:
         """Note the pattern of a forward for as long as its autograd graph exists."""
         node = next((o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None), None)
         if node is None:
@@ -55,7 +69,7 @@ class PatternMemory:
                 self._pending = {key: forwards for key, forwards in self._pending.items() if len(forwards)}
                 self._sweep_at = 64 + 2 * len(self._pending)
 
-    def recall(self, key: Hashable) -> frozenset[int] | None:
+    def recall(self, key: Hashable) -> Drawn | None:
         """The pattern of the pending forward on these inputs, ``None`` if there is none.
 
         Raises:
