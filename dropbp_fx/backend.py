@@ -24,6 +24,7 @@ from dropbp_fx.graph.branches import (
     find_branches,
     normalise_inplace_adds,
 )
+from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.naming import ModuleTree, name_branches
 from dropbp_fx.graph.regions import insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
@@ -169,6 +170,8 @@ class DropBPBackend:
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
         compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        if self._config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
+            gm = copy_graph_module(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:

@@ -93,7 +93,8 @@ class GradientFlow:
         versions = [_version(value) for value in inputs]
         with torch.enable_grad():
             outputs = gm(*inputs)
-        mutated = frozenset(k for k, value in enumerate(inputs) if _version(value) != versions[k])
+        mutated = {k for k, value in enumerate(inputs) if _version(value) != versions[k]}
+        mutated |= _running_statistics(gm)
         index_of: dict[Any, int] = {}
         ordered: list[Any] = []
 
@@ -138,8 +139,18 @@ class GradientFlow:
             and value.device == source.device
             and str(tuple(value.shape)) == str(tuple(source.shape))
         )
-        return cls(nodes, settled, identity, mutated)
+        return cls(nodes, settled, identity, frozenset(mutated))
 
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+
+
+def _running_statistics(gm: fx.GraphModule) -> set[int]:
+    """Inputs that normalisations read directly: they may write running statistics, and their schemas do not say so."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {
+        k
+        for k, placeholder in enumerate(placeholders)
+        if any(getattr(user.target, "__name__", "") in ("batch_norm", "instance_norm") for user in placeholder.users)
+    }

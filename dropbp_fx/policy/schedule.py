@@ -401,7 +401,9 @@ class Schedule:
             )
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
-            raise ValueError(f"The state lacks {', '.join(map(repr, missing))}. Pass what state_dict() returned, whole.")
+            raise ValueError(
+                f"The state lacks {', '.join(map(repr, missing))}. Pass what state_dict() returned, whole."
+            )
         if state["granularity"] != self.granularity:
             raise ValueError(
                 f"The state was saved with granularity={state['granularity']!r}, this backend has "

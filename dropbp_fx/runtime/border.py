@@ -155,6 +155,13 @@ def run_isolated(
     return record, outputs
 
 
+def squared_norm(gradient: Tensor) -> Tensor:
+    """The squared norm of a gradient, as a scalar in float32 at least; the device is not waited for."""
+    precise = gradient.dtype if gradient.dtype == torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=precise)
+    return norm.square()
+
+
 def record_of(node: Any) -> RegionRecord | None:
     """The record behind an autograd node that is a border, ``None`` for any other node."""
     return getattr(node, "dropbp_record", None)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dropbp_fx import _torch
 from dropbp_fx.policy.sensitivity import Metric
-from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated
+from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated, squared_norm
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.random_streams import RandomStreams, random_streams_kept
 from dropbp_fx.runtime.step_graph import StepGraph
@@ -73,13 +73,16 @@ class Calibration:
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
+    def protect(self, step: Step, variants: RegionVariants, values: Sequence[Any]) -> None:
+        """Remember what a region is about to overwrite."""
+        for k in variants.flow.mutated:
+            original = values[step.inputs[k]]
+            if isinstance(original, Tensor) and not original.requires_grad:
+                self._written.setdefault(id(original), (original, original.detach().clone()))
+
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
         """Run a training step's region behind a border."""
         recomputing = _torch.in_backward()
-        if not recomputing:
-            for k in variants.flow.mutated:
-                original = values[step.inputs[k]]
-                self._written.setdefault(id(original), (original, original.detach().clone()))
         streams = RandomStreams.now() if branches else None
         record, outputs = run_isolated(step, variants, branches, values, self)
         if not recomputing:
@@ -221,7 +224,7 @@ class Calibration:
             before = current.sums.get(key)
             current.sums[key] = gradient.detach().clone() if before is None else before + gradient
         else:
-            current.squares[key] = _square(gradient)
+            current.squares[key] = squared_norm(gradient)
 
     def _flow_in(self, node: Any, number: int, gradient: Tensor) -> None:
         """Take note of a gradient that the exact backward sends to a node that several others send some to."""
@@ -238,7 +241,7 @@ class Calibration:
 
     @staticmethod
     def _settle(finished: _Pass) -> None:
-        finished.squares.update({key: _square(total) for key, total in finished.sums.items()})
+        finished.squares.update({key: squared_norm(total) for key, total in finished.sums.items()})
         finished.sums.clear()
 
     def _value(self, branch: int, exact: _Pass) -> float:
@@ -330,9 +333,3 @@ def _minus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if right is None:
         return left
     return -right if left is None else left - right
-
-
-def _square(gradient: Tensor) -> Tensor:
-    precise = gradient.dtype if gradient.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=precise)
-    return norm.square()

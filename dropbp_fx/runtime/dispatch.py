@@ -104,6 +104,7 @@ class RegionRunner:
         values = self._values(arguments, ())
         del arguments
         for step in make_plan(self._program, self._variants, (), repeatable=True):
+            calibration.protect(step, self._variants[step.region], values)
             if step.forward_only:
                 _run_step(step, values)
             else:

@@ -17,7 +17,7 @@ from dropbp_fx.policy.ranks import agreed
 from dropbp_fx.policy.running import Observed
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Sensitivity
-from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated
+from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated, squared_norm
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.variants import RegionVariants
 
@@ -48,10 +48,10 @@ class Observation:
         by_position = dict(zip(record.wanted, gradients, strict=True))
         for label in kept:
             mine = record.reached_through(label, dropped)
-            squares = [_square(by_position[k]) for k in record.weights if k in mine and by_position[k] is not None]
+            squares = [squared_norm(g) for k in record.weights if k in mine and (g := by_position[k]) is not None]
             self._own.setdefault(record.branches[label], []).extend(squares)
         if record.before_branches:
-            self._stem.extend(_square(by_position[k]) for k in record.weights if by_position[k] is not None)
+            self._stem.extend(squared_norm(g) for k in record.weights if (g := by_position[k]) is not None)
         if len(record.branches) == 1 and kept:
             self._note_stream(record, tangents, by_position)
         return gradients
@@ -63,7 +63,11 @@ class Observation:
             source = record.flow.passes_through(output, frozenset({0}))
             leaving = None if source is None else gradients.get(source)
             if arriving is not None and leaving is not None:
-                self._streams[record.branches[0]] = (_square(arriving), _square(leaving), _square(leaving - arriving))
+                self._streams[record.branches[0]] = (
+                    squared_norm(arriving),
+                    squared_norm(leaving),
+                    squared_norm(leaving - arriving),
+                )
 
     def read(self) -> tuple[dict[int, Observed], float]:
         """What the step showed of its kept branches (by index), and the stem's squared norm. Waits for the device."""
@@ -121,9 +125,3 @@ class Observer:
 
 def _total(squares: Sequence[Tensor]) -> float:
     return float(torch.stack([square.float() for square in squares]).sum()) if squares else 0.0
-
-
-def _square(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-    return norm.square()

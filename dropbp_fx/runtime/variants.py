@@ -11,6 +11,7 @@ from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import IDENTITIES
 from dropbp_fx.graph.gradflow import GradientFlow
@@ -38,7 +39,7 @@ class RegionVariants:
         self._gradient_flops: dict[frozenset[int], int] = {}
         compiler.counts.regions += 1
         with self._tracing(), _torch.fake_execution(fake_mode):
-            self.flow = GradientFlow.trace(_copy(self._gm), self._inputs(frozenset()))
+            self.flow = GradientFlow.trace(copy_graph_module(self._gm), self._inputs(frozenset()))
 
     def training(self, key: VariantKey, *, repeatable: bool = False) -> Callable[..., Any]:
         """The variant whose forward records what its pruned backward needs.
@@ -68,14 +69,14 @@ class RegionVariants:
 
     def _compile_training(self, key: VariantKey, repeatable: bool) -> Callable[..., Any]:
         dropped, without_gradient, dead = key
-        gm = _copy(self._gm)
+        gm = copy_graph_module(self._gm)
         if dead:
             _detach_outputs(gm, dead)
         with _torch.repeatable_backward(repeatable), torch.enable_grad():  # may be needed first inside of a backward
             return self._compiler.training(gm, self._inputs(without_gradient), dropped)
 
     def _compile_forward_only(self) -> Callable[..., Any]:
-        gm = _copy(self._gm)
+        gm = copy_graph_module(self._gm)
         _remove_gates(gm)
         return self._compiler.forward_only(gm, self._inputs(None))
 
@@ -83,7 +84,7 @@ class RegionVariants:
     def joint(self) -> fx.GraphModule | None:
         """The region's joint graph with its gates, ``None`` where nothing in it requires a gradient."""
         with _torch.compile_lock(), self._tracing():
-            return _torch.trace_joint_graph(_copy(self._gm), self._inputs(frozenset()))
+            return _torch.trace_joint_graph(copy_graph_module(self._gm), self._inputs(frozenset()))
 
     def gradient_flops(self, dropped: frozenset[int] = frozenset()) -> int:
         """Operations of the region's backward with the gates labelled ``dropped`` pruned."""
@@ -110,20 +111,6 @@ class RegionVariants:
                 leaf = example.detach()
             leaves.append(leaf.requires_grad_(without_gradient is not None and index not in without_gradient))
         return leaves
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graphs, checkpoint bodies included, may be rewritten; tensors are shared."""
-    graph = fx.Graph()
-    values: dict[fx.Node, Any] = {}
-    graph.output(graph.graph_copy(gm.graph, values))
-    (old_output,) = (node for node in gm.graph.nodes if node.op == "output")
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    output.meta = dict(old_output.meta)
-    copy = fx.GraphModule(gm, graph)
-    for call, body in list(checkpoint_bodies(copy)):
-        setattr(copy, str(call.args[0].target), _copy(body))  # type: ignore[union-attr]
-    return copy
 
 
 def _remove_gates(gm: fx.GraphModule) -> None:
