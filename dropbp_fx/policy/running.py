@@ -1,40 +1,50 @@
 """A running estimate of the branches' sensitivities, from what ordinary steps compute anyway.
 
-The exact measure (:meth:`DropBPBackend.calibrate`) needs a backward for every branch. Its terms can be estimated from one
-step's own backward. For a branch i that the step keeps, with G_i the squared norm of its parameters' gradients, a the
-gradient that arrives at its residual add and b = a + (what comes back through the branch) the one that goes on below it:
+The exact measure (:meth:`DropBPBackend.calibrate`) needs a backward for every branch. Its terms can be estimated from the
+backwards of ordinary steps, whatever they drop and however large the loss of their batch is, because ratios depend on
+neither. Where the gradient a arrives at the region of branch i and b leaves it for what lies below, let
 
-* its own parameters lose G_i altogether;
-* everything below sees the gradient a instead of b. To first order all gradients below change in proportion, so their
-  norms change by the factor ||a|| / ||b|| ("gradnorm"), and the gradients themselves by ||b - a|| / ||b|| ("gradient"):
+* w_i = G_i / ||a||^2, where G_i is the squared norm of the gradients of the branch's own parameters;
+* k_i = ||b|| / ||a|| when the branch is kept, and l_i the same when it is dropped (1 where the gradient then passes
+  unchanged);
+* c_i = ||b - a|| / ||b||, where it does.
 
-    gradnorm:  s_i = G_i + (1 - ||a|| / ||b||)^2  sum_{k below i} G_k
-    gradient:  s_i = G_i + (||b - a|| / ||b||)^2  sum_{k below i} G_k
+From the top, where ||a|| = 1, down, an exact backward then arrives at each branch with ||a_i|| = product of the k above it,
+and G_i = w_i ||a_i||^2. Dropping branch i takes G_i away and changes what all below receives; to first order gradients below
+change in proportion, so their norms change by the factor l_i / k_i and the gradients themselves by c_i:
 
-Estimates are exponential moving averages over the steps that kept the branch.
+    gradnorm:  s_i = G_i + (1 - l_i / k_i)^2  sum_{j below i} G_j
+    gradient:  s_i = G_i + c_i^2              sum_{j below i} G_j
+
+All are in units of the squared gradient at the top. The ratios are exponential moving averages over the steps that show
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropbp_fx.policy.sensitivity import Metric
 
+_STEM = ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What one step showed of one branch.
+    """What one step showed of one branch; ``None`` for what it did not.
 
     Attributes:
-        own: squared norm of the gradients of its parameters.
-        ratio: ||a|| / ||b||, ``None`` where the region does not show it.
-        change: ||b - a|| / ||b||.
+        own: w, squared norm of its parameters' gradients over that of the gradient arriving.
+        kept: k, norm of the gradient leaving over that of the one arriving, with the branch kept.
+        lost: l, the same with the branch dropped.
+        change: c, norm of the difference of the two gradients over that of the one leaving.
     """
 
-    own: float
-    ratio: float | None = None
+    own: float | None = None
+    kept: float | None = None
+    lost: float | None = None
     change: float | None = None
 
 
@@ -51,7 +61,7 @@ class _Average:
 
     @property
     def value(self) -> float:
-        return self.total / self.weight if self.weight else 0.0
+        return self.total / self.weight
 
 
 class RunningSensitivity:
@@ -64,47 +74,47 @@ class RunningSensitivity:
     def __init__(self, decay: float = 0.9) -> None:
         self._decay = decay
         self._averages: dict[tuple[str, str], _Average] = {}
-        self._stem = _Average()
 
-    def observe(self, branches: Mapping[str, Observed], stem: float) -> None:
+    def observe(self, branches: Mapping[str, Observed], stem: float | None) -> None:
         """Take note of a step.
 
         Args:
-            branches: what it showed of the branches it kept, by name.
-            stem: squared norm of the gradients of parameters before the first branch.
+            branches: what it showed of branches, by name.
+            stem: w of everything before the first branch, taken together.
         """
-        self._stem.add(stem, self._decay)
-        for name, observed in branches.items():
-            for field in ("own", "ratio", "change"):
-                value = getattr(observed, field)
+        for name, observed in {**branches, _STEM: Observed(own=stem)}.items():
+            for field, value in dataclasses.asdict(observed).items():
                 if value is not None:
                     self._averages.setdefault((name, field), _Average()).add(value, self._decay)
 
-    def estimate(self, names: list[str], metric: Metric = "gradnorm") -> dict[str, float] | None:
+    def estimate(self, names: Sequence[str], metric: Metric = "gradnorm") -> dict[str, float] | None:
         """Sensitivities of the branches ``names``, in execution order; ``None`` before each was kept in some step."""
         if any((name, "own") not in self._averages for name in names):
             return None
-        below = self._stem.value
+        arriving, own = 1.0, dict.fromkeys(names, 0.0)
+        for name in reversed(names):
+            own[name] = self._ratio(name, "own", 0.0) * arriving**2
+            arriving *= self._ratio(name, "kept", 1.0)
+        below = self._ratio(_STEM, "own", 0.0) * arriving**2
         found: dict[str, float] = {}
         for name in names:
-            own = self._averages[name, "own"].value
-            ratio, change = self._averages.get((name, "ratio")), self._averages.get((name, "change"))
+            kept = self._ratio(name, "kept", 1.0)
             if metric == "gradnorm":
-                factor = 0.0 if ratio is None else (1 - ratio.value) ** 2
+                effect = (1 - self._ratio(name, "lost", kept) / kept) ** 2 if kept else 1.0
             else:
-                factor = 0.0 if change is None else change.value**2
-            found[name] = own + factor * below
-            below += own
+                effect = self._ratio(name, "change", 0.0) ** 2
+            found[name] = own[name] + effect * below
+            below += own[name]
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averages in plain Python types."""
-        return {
-            "stem": [self._stem.total, self._stem.weight],
-            "averages": [[name, field, a.total, a.weight] for (name, field), a in self._averages.items()],
-        }
+    def _ratio(self, name: str, field: str, otherwise: float) -> float:
+        average = self._averages.get((name, field))
+        return otherwise if average is None else average.value
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def state_dict(self) -> list[list[Any]]:
+        """The averages in plain Python types."""
+        return [[name, field, a.total, a.weight] for (name, field), a in self._averages.items()]
+
+    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Go on from averages that :meth:`state_dict` returned."""
-        self._stem = _Average(*state["stem"])
-        self._averages = {(name, field): _Average(*rest) for name, field, *rest in state["averages"]}
+        self._averages = {(name, field): _Average(*rest) for name, field, *rest in state}

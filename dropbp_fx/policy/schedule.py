@@ -224,7 +224,7 @@ class Schedule:
             and self._thread.round.number % _OBSERVE_EVERY == 1
         )
 
-    def observed(self, branches: Mapping[int, Observed], stem: float) -> None:
+    def observed(self, branches: Mapping[int, Observed], stem: float | None) -> None:
         """Take note of what a step showed of its kept branches, by index."""
         with self._lock:
             self._running.observe({self.branches[index].name: found for index, found in branches.items()}, stem)

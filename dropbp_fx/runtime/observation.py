@@ -6,6 +6,8 @@ gradient on and note a few norms. Norms stay on the device; nothing waits for th
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,66 +24,112 @@ from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.variants import RegionVariants
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sighting:
+    """Squared norms that one region's backward showed, on the device.
+
+    Attributes:
+        branches: the region's branches by index, with whether each was dropped.
+        own: of the gradients of each branch's own parameters.
+        rest: of the gradients of the region's other parameters.
+        arriving: of the gradients of its outputs.
+        leaving: of the gradients of its inputs that are no parameters.
+        change: of the difference between the one stream's gradient leaving and arriving.
+    """
+
+    branches: dict[int, bool]
+    own: dict[int, list[Tensor]]
+    rest: list[Tensor]
+    arriving: list[Tensor]
+    leaving: list[Tensor]
+    change: Tensor | None
+
+
 class Observation:
     """Drives the borders of one step."""
 
     def __init__(self) -> None:
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
-        self._first_branch: int | None = None
-        self._own: dict[int, list[Tensor]] = {}
-        self._stem: list[Tensor] = []
-        self._streams: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._met_a_branch = False
+        self._sightings: list[_Sighting] = []
+        self._stem: list[_Sighting] = []
 
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
         """Run a training step's region behind a border."""
         record, outputs = run_isolated(step, variants, branches, values, self)
-        if branches and self._first_branch is None:
-            self._first_branch = id(record)
-        record.before_branches = self._first_branch is None
+        self._met_a_branch = self._met_a_branch or bool(branches)
+        record.before_branches = not self._met_a_branch
         return outputs
 
     def backward(self, record: RegionRecord, tangents: Sequence[Tensor | None]) -> Gradients:
         """Pass the gradients on; note norms."""
         gradients = record.gradients(tangents, retain=_torch.keeps_graph())
-        dropped = record.step.key[0] if record.step.key is not None else frozenset()
-        kept = [label for label in range(len(record.branches)) if label not in dropped]
-        by_position = dict(zip(record.wanted, gradients, strict=True))
-        for label in kept:
-            mine = record.reached_through(label, dropped)
-            squares = [squared_norm(g) for k in record.weights if k in mine and (g := by_position[k]) is not None]
-            self._own.setdefault(record.branches[label], []).extend(squares)
-        if record.before_branches:
-            self._stem.extend(squared_norm(g) for k in record.weights if (g := by_position[k]) is not None)
-        if len(record.branches) == 1 and kept:
-            self._note_stream(record, tangents, by_position)
+        if record.branches or record.before_branches:
+            sighting = _sighting(record, tangents, dict(zip(record.wanted, gradients, strict=True)))
+            (self._stem if record.before_branches else self._sightings).append(sighting)
         return gradients
 
-    def _note_stream(
-        self, record: RegionRecord, tangents: Sequence[Tensor | None], gradients: dict[int, Tensor | None]
-    ) -> None:
+    def read(self) -> tuple[dict[int, Observed], float | None]:
+        """What the step showed of its branches (by index) and of the stem. Waits for the device."""
+        found: dict[int, Observed] = {}
+        for sighting in self._sightings:
+            found.update(_observed(sighting))
+        stem = [_total(s.rest) / arriving for s in self._stem if (arriving := _total(s.arriving))]
+        return found, math.fsum(stem) if stem else None
+
+
+def _sighting(
+    record: RegionRecord, tangents: Sequence[Tensor | None], gradients: dict[int, Tensor | None]
+) -> _Sighting:
+    dropped = record.step.key[0] if record.step.key is not None else frozenset()
+    squares = {k: squared_norm(g) for k in record.wanted if (g := gradients[k]) is not None}
+    own: dict[int, list[Tensor]] = {}
+    counted: set[int] = set()
+    for label, branch in enumerate(record.branches):
+        if label not in dropped:
+            mine = [k for k in record.reached_through(label, dropped) if k in record.weights and k in squares]
+            own[branch] = [squares[k] for k in mine]
+            counted.update(mine)
+    change = None
+    if len(record.branches) == 1 and not dropped:
         for output, arriving in zip(record.graded, tangents, strict=True):
             source = record.flow.passes_through(output, frozenset({0}))
             leaving = None if source is None else gradients.get(source)
             if arriving is not None and leaving is not None:
-                self._streams[record.branches[0]] = (
-                    squared_norm(arriving),
-                    squared_norm(leaving),
-                    squared_norm(leaving - arriving),
-                )
+                change = squared_norm(leaving - arriving)
+    return _Sighting(
+        branches={branch: label in dropped for label, branch in enumerate(record.branches)},
+        own=own,
+        rest=[square for k, square in squares.items() if k in record.weights and k not in counted],
+        arriving=[squared_norm(tangent) for tangent in tangents if tangent is not None],
+        leaving=[square for k, square in squares.items() if k in record.sources],
+        change=change,
+    )
 
-    def read(self) -> tuple[dict[int, Observed], float]:
-        """What the step showed of its kept branches (by index), and the stem's squared norm. Waits for the device."""
-        found: dict[int, Observed] = {}
-        for branch, squares in self._own.items():
-            own = _total(squares)
-            stream = self._streams.get(branch)
-            if stream is None:
-                found[branch] = Observed(own)
-                continue
-            arriving, leaving, difference = (max(float(square), 0.0) ** 0.5 for square in stream)
-            scale = leaving or 1.0
-            found[branch] = Observed(own, arriving / scale, difference / scale)
-        return found, _total(self._stem)
+
+def _observed(sighting: _Sighting) -> dict[int, Observed]:
+    """Ratios of the norms; a region of several branches shares its ratios out evenly among them."""
+    arriving, leaving = _total(sighting.arriving), _total(sighting.leaving)
+    if not arriving:
+        return {}
+    count = len(sighting.branches)
+    ratio = (leaving / arriving) ** (0.5 / count) if leaving else None
+    kept = not any(sighting.branches.values())
+    lost = all(sighting.branches.values())
+    change = None
+    if ratio is not None and kept:
+        known = sighting.change is not None
+        square = float(sighting.change) if sighting.change is not None else max(leaving - arriving, 0.0)
+        change = (square / leaving / count) ** 0.5 if known or square else None
+    return {
+        branch: Observed(
+            own=_total(sighting.own[branch]) / arriving if branch in sighting.own else None,
+            kept=ratio if kept else None,
+            lost=ratio if lost else (1.0 if sighting.change is not None else None),
+            change=change,
+        )
+        for branch in sighting.branches
+    }
 
 
 class Observer:
@@ -108,7 +156,7 @@ class Observer:
         """The running estimate, with all that was observed up to now."""
         for _, observation in self._pending:
             branches, stem = observation.read()
-            if branches:
+            if branches:  # none before its backward has run
                 self._schedule.observed(branches, stem)
         self._pending.clear()
         return self._schedule.running_estimate()
@@ -124,4 +172,4 @@ class Observer:
 
 
 def _total(squares: Sequence[Tensor]) -> float:
-    return float(torch.stack([square.float() for square in squares]).sum()) if squares else 0.0
+    return float(torch.stack([square.double() for square in squares]).sum()) if squares else 0.0

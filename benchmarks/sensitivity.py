@@ -1,0 +1,261 @@
+"""``python -m benchmarks.sensitivity``: what sensitivities cost, and how well the running estimate ranks branches.
+
+* cost: :meth:`DropBPBackend.calibrate` against the reference procedure, one whole step for every branch and one more, in
+  time and peak memory, with the largest relative difference of their values;
+* ranking: language models are trained on text found on the machine (Python's standard library, as bytes); at several points
+  the running estimate's ranking of the branches is held against the exact measure's (Spearman's rank correlation);
+* overhead: the time of steps with the running estimate over that of steps without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from benchmarks.models import SHAPES, Llama, Shape
+from dropbp_fx import DropBPBackend, _torch, dropbp_backend
+
+_GPU_COST = Shape(24, 2048, 8192, 16, 32000, 2, 2048)
+_CPU_COST = Shape(24, 128, 256, 4, 1000, 2, 64)
+_GPU_TEXT = Shape(12, 512, 2048, 8, 256, 32, 256)
+_CPU_TEXT = Shape(4, 64, 128, 4, 256, 8, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sensitivity", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--points", nargs="+", type=int, default=[50, 200, 600], help="training steps to rank at")
+    parser.add_argument("--shape", choices=SHAPES, help="measure the cost on this shape")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    arguments = parser.parse_args()
+    device, inner = arguments.device, arguments.inner
+    on_gpu = device == "cuda"
+    cost_shape = SHAPES[arguments.shape] if arguments.shape else (_GPU_COST if on_gpu else _CPU_COST)
+    cost = _cost(cost_shape, device, inner)
+    print(tabulate(cost.items(), tablefmt="github"), flush=True)
+    ranking: list[dict[str, Any]] = []
+    text_shape = _GPU_TEXT if on_gpu else _CPU_TEXT
+    for name, build in (("Llama", _llama), ("GPT-2", _gpt2)):
+        ranking += _ranking(name, build, text_shape, arguments.points, device, inner)
+        print(tabulate(ranking, headers="keys", tablefmt="github", floatfmt=".3f"), flush=True)
+    overhead = _overhead(text_shape, device, inner)
+    print(tabulate(overhead.items(), tablefmt="github", floatfmt=".4f"), flush=True)
+    if arguments.json:
+        machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
+        report = {
+            "machine": machine,
+            "versions": _torch.versions(),
+            "cost": cost,
+            "ranking": ranking,
+            "overhead": overhead,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Llama(shape).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    backend = dropbp_backend(0.5, inner=inner, seed=0)
+    run = torch.compile(model, backend=backend)
+    ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device)
+
+    def step() -> Tensor:
+        return run(ids)
+
+    with backend.disabled():
+        step().backward()
+    backend.warmup()
+    model.zero_grad()
+    reference_seconds, reference_values = [], []
+    for _ in range(3):
+        seconds, values = _timed(lambda: _reference(model, backend, step), device)
+        reference_seconds.append(seconds)
+        reference_values = values
+    model.zero_grad()
+    held = _reset_peak(device)
+    with backend.disabled():
+        step().backward()
+    step_peak = _peak(device) - held
+    model.zero_grad()
+    backend.calibrate(step, progress=False)  # compiles
+    held = _reset_peak(device)
+    backend.calibrate(step, progress=False)
+    peak = _peak(device) - held
+    seconds = []
+    for _ in range(3):
+        one, sensitivity = _timed(lambda: backend.calibrate(step, progress=False), device)
+        seconds.append(one)
+    differences = [abs(a - b) / b for a, b in zip(sensitivity.values, reference_values, strict=True)]
+    return {
+        "branches": len(backend.branches),
+        "reference_s": statistics.median(reference_seconds),
+        "calibrate_s": statistics.median(seconds),
+        "ratio": statistics.median(seconds) / statistics.median(reference_seconds),
+        "step_peak_gib": step_peak / 2**30,
+        "calibrate_peak_gib": peak / 2**30,
+        "largest_relative_difference": max(differences),
+    }
+
+
+def _reference(model: nn.Module, backend: DropBPBackend, step: Callable[[], Tensor]) -> list[float]:
+    """The memory-saving form of the reference: norms of one whole step for each branch, and one more."""
+
+    def norms(pattern: list[int]) -> Tensor:
+        model.zero_grad()
+        with backend.pinned(pattern):
+            step().backward()
+        zero = torch.zeros((), device=next(model.parameters()).device)
+        return torch.stack([zero if p.grad is None else p.grad.float().norm() for p in model.parameters()])
+
+    exact = norms([])
+    found = [(exact - norms([index])).square().sum() for index in range(len(backend.branches))]
+    return [float(value) for value in found]
+
+
+def _ranking(
+    name: str, build: Callable[[Shape], nn.Module], shape: Shape, points: list[int], device: str, inner: str
+) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build(shape)
+    backend = dropbp_backend(0.5, inner=inner, seed=0, allocation="sensitivity", reallocate_every=10**9)
+    run = torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device == "cuda")
+    batches = _text(shape, device)
+    rows: list[dict[str, Any]] = []
+    for number in range(1, max(points) + 1):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = run(next(batches))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number not in points:
+            continue
+
+        def step() -> Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                return run(next(batches))
+
+        estimate = backend.running_sensitivity
+        row: dict[str, Any] = {"model": name, "step": number, "loss": loss.item()}
+        for metric in ("gradnorm", "gradient"):
+            exact = backend.calibrate(step, metric=metric, batches=4, progress=False)
+            again = backend.calibrate(step, metric=metric, batches=1, progress=False)
+            guess = backend._state.schedule.running_estimate(metric)
+            if estimate is not None and guess is not None:
+                row[f"{metric}: running"] = float(stats.spearmanr(guess.values, exact.values).statistic)
+            row[f"{metric}: one exact sample"] = float(stats.spearmanr(again.values, exact.values).statistic)
+        rows.append(row)
+    return rows
+
+
+def _overhead(shape: Shape, device: str, inner: str) -> dict[str, float]:
+    """Blocks of steps with and without the running estimate take turns."""
+    torch.manual_seed(0)
+    runs: list[Callable[[], None]] = []
+    for every in (None, 10**9):
+        with torch.device(device):
+            model = Llama(shape)
+        backend = dropbp_backend(
+            0.5, inner=inner, seed=0, allocation="uniform" if every is None else "sensitivity", reallocate_every=every
+        )
+        run = torch.compile(model, backend=backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+        ids = next(_text(shape, device))
+
+        def step(run: Any = run, optimizer: torch.optim.Optimizer = optimizer, ids: Tensor = ids) -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = run(ids)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        runs.append(step)
+        step()
+        backend.warmup()
+        for _ in range(16):
+            step()
+    ratios = []
+    for _ in range(15):
+        seconds = [_timed(lambda step=step: [step() for _ in range(16)], device)[0] for step in runs]  # type: ignore[misc]
+        ratios.append(seconds[1] / seconds[0])
+    return {"steps_with_over_without": statistics.median(ratios), "spread": statistics.stdev(ratios)}
+
+
+def _llama(shape: Shape) -> nn.Module:
+    return Llama(shape)
+
+
+def _gpt2(shape: Shape) -> nn.Module:
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocabulary,
+        n_positions=shape.tokens,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        use_cache=False,
+    )
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.GPT2LMHeadModel(config)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss  # type: ignore[no-any-return]
+
+    return Loss()
+
+
+def _text(shape: Shape, device: str) -> Any:
+    """Endless batches of bytes, shape (batch, tokens + 1), of Python's standard library."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    text = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    while True:
+        starts = torch.randint(len(data) - shape.tokens - 1, (shape.batch,), generator=draw)
+        yield torch.stack([data[s : s + shape.tokens + 1] for s in starts.tolist()]).long().to(device)
+
+
+def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def _reset_peak(device: str) -> int:
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+if __name__ == "__main__":
+    main()
