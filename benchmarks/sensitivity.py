@@ -51,8 +51,8 @@ def main() -> None:
     for name, build in (("Llama", _llama), ("GPT-2", _gpt2)):
         ranking += _ranking(name, build, text_shape, arguments.points, device, inner)
         print(tabulate(ranking, headers="keys", tablefmt="github", floatfmt=".3f"), flush=True)
-    overhead = _overhead(text_shape, device, inner)
-    print(tabulate(overhead.items(), tablefmt="github", floatfmt=".4f"), flush=True)
+    overhead = [_overhead(shape, device, inner) for shape in (text_shape, cost_shape)]
+    print(tabulate(overhead, headers="keys", tablefmt="github", floatfmt=".4f"), flush=True)
     if arguments.json:
         machine = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
         report = {
@@ -163,7 +163,7 @@ def _ranking(
     return rows
 
 
-def _overhead(shape: Shape, device: str, inner: str) -> dict[str, float]:
+def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
     """Blocks of steps with and without the running estimate take turns."""
     torch.manual_seed(0)
     runs: list[Callable[[], None]] = []
@@ -175,7 +175,7 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, float]:
         )
         run = torch.compile(model, backend=backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
-        ids = next(_text(shape, device))
+        ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device)
 
         def step(run: Any = run, optimizer: torch.optim.Optimizer = optimizer, ids: Tensor = ids) -> None:
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -187,13 +187,19 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, float]:
         runs.append(step)
         step()
         backend.warmup()
-        for _ in range(16):
+        for _ in range(20):
             step()
     ratios = []
     for _ in range(15):
-        seconds = [_timed(lambda step=step: [step() for _ in range(16)], device)[0] for step in runs]  # type: ignore[misc]
+        seconds = [_timed(lambda step=step: [step() for _ in range(20)], device)[0] for step in runs]  # type: ignore[misc]
         ratios.append(seconds[1] / seconds[0])
-    return {"steps_with_over_without": statistics.median(ratios), "spread": statistics.stdev(ratios)}
+    size = f"{shape.layers} x {shape.width}, {shape.batch} x {shape.tokens} tokens"
+    return {
+        "model": size,
+        "step_ms": 1e3 * seconds[0] / 20,
+        "with_over_without": statistics.median(ratios),
+        "spread": statistics.stdev(ratios),
+    }
 
 
 def _llama(shape: Shape) -> nn.Module:

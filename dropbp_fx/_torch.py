@@ -130,7 +130,10 @@ def compile_with_inductor(
 
     patches = dict(options)
     if joint_pass is not None:
-        patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, cache_key)
+        from torch._functorch import config
+
+        # Inductor's own key does not tell code that overwrites saved tensors from code that must not.
+        patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, f"{cache_key}:{config.donated_buffer}")
     with _backward_compiled_at_once(joint_pass is not None):
         return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches))
 

@@ -510,7 +510,7 @@ def test_rescaled_gradients_are_unbiased_under_independent_draws(inside: bool) -
     assert unbiased[2] < 0.1
     slope = math.log(unbiased[2] / unbiased[0]) / math.log(16)
     assert -0.9 < slope < -0.2, f"errors {unbiased} should shrink like n^-0.5"
-    assert biased[2] > 0.2
+    assert biased[2] > 0.1
     assert biased[2] > 3 * unbiased[2]
 
 

@@ -22,7 +22,7 @@ from dropbp_fx.policy.sensitivity import Metric, Sensitivity
 Granularity = Literal["branch", "layer"]
 _STATE_VERSION = 2
 #: Share of the forwards that are observed for a running estimate: one in so many.
-_OBSERVE_EVERY = 8
+_OBSERVE_EVERY = 10
 #: A run whose schedule has not moved by this many forwards was probably never told of its progress.
 _PROGRESS_EXPECTED_BY = 100
 

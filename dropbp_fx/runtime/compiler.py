@@ -51,10 +51,20 @@ class Compiler:
         """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
         return self._timed(gm, inputs, None)
 
-    def training(self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: Collection[int]) -> Callable[..., Any]:
-        """Compile a region with the gates labelled ``dropped`` pruned from its joint graph."""
+    def training(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: Collection[int], *, repeatable: bool = False
+    ) -> Callable[..., Any]:
+        """Compile a region with the gates labelled ``dropped`` pruned from its joint graph.
+
+        Args:
+            gm: the region.
+            inputs: fake inputs.
+            dropped: labels of gates.
+            repeatable: the backward may run more than once on the same saved tensors.
+        """
         self.counts.variants += 1
-        return self._timed(gm, inputs, frozenset(dropped))
+        with _torch.repeatable_backward(repeatable):
+            return self._timed(gm, inputs, frozenset(dropped))
 
     def forward_only(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a region (without gates) that will only ever run without gradients."""

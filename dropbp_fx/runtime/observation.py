@@ -19,7 +19,7 @@ from dropbp_fx.policy.ranks import agreed
 from dropbp_fx.policy.running import Observed
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Sensitivity
-from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated, squared_norm
+from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.variants import RegionVariants
 
@@ -82,29 +82,35 @@ def _sighting(
     record: RegionRecord, tangents: Sequence[Tensor | None], gradients: dict[int, Tensor | None]
 ) -> _Sighting:
     dropped = record.step.key[0] if record.step.key is not None else frozenset()
-    squares = {k: squared_norm(g) for k in record.wanted if (g := gradients[k]) is not None}
     own: dict[int, list[Tensor]] = {}
-    counted: set[int] = set()
+    rest = dict.fromkeys(record.weights)
     for label, branch in enumerate(record.branches):
         if label not in dropped:
-            mine = [k for k in record.reached_through(label, dropped) if k in record.weights and k in squares]
-            own[branch] = [squares[k] for k in mine]
-            counted.update(mine)
+            mine = [k for k in record.reached_through(label, dropped) if k in record.weights]
+            own[branch] = _squares([gradients[k] for k in mine])
+            for k in mine:
+                rest.pop(k, None)
     change = None
     if len(record.branches) == 1 and not dropped:
         for output, arriving in zip(record.graded, tangents, strict=True):
             source = record.flow.passes_through(output, frozenset({0}))
             leaving = None if source is None else gradients.get(source)
             if arriving is not None and leaving is not None:
-                change = squared_norm(leaving - arriving)
+                change = _squares([leaving - arriving])[0]
     return _Sighting(
         branches={branch: label in dropped for label, branch in enumerate(record.branches)},
         own=own,
-        rest=[square for k, square in squares.items() if k in record.weights and k not in counted],
-        arriving=[squared_norm(tangent) for tangent in tangents if tangent is not None],
-        leaving=[square for k, square in squares.items() if k in record.sources],
+        rest=_squares([gradients[k] for k in rest]),
+        arriving=_squares(tangents),
+        leaving=_squares([gradients[k] for k in record.sources]),
         change=change,
     )
+
+
+def _squares(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The squared norm of gradients taken together, in few kernels; nothing if there are none."""
+    present = [gradient.detach() for gradient in gradients if gradient is not None]
+    return [torch.nn.utils.get_total_norm(present).double().square()] if present else []
 
 
 def _observed(sighting: _Sighting) -> dict[int, Observed]:
@@ -172,4 +178,4 @@ class Observer:
 
 
 def _total(squares: Sequence[Tensor]) -> float:
-    return float(torch.stack([square.double() for square in squares]).sum()) if squares else 0.0
+    return float(torch.stack(list(squares)).sum()) if squares else 0.0

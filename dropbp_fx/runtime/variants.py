@@ -72,8 +72,8 @@ class RegionVariants:
         gm = copy_graph_module(self._gm)
         if dead:
             _detach_outputs(gm, dead)
-        with _torch.repeatable_backward(repeatable), torch.enable_grad():  # may be needed first inside of a backward
-            return self._compiler.training(gm, self._inputs(without_gradient), dropped)
+        with torch.enable_grad():  # may be needed first inside of a backward
+            return self._compiler.training(gm, self._inputs(without_gradient), dropped, repeatable=repeatable)
 
     def _compile_forward_only(self) -> Callable[..., Any]:
         gm = copy_graph_module(self._gm)
