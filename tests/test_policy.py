@@ -174,15 +174,15 @@ def test_allocation_survives_a_resume_and_a_new_rate() -> None:
 
 
 def test_running_estimates_reallocate_by_themselves() -> None:
-    backend, run = compile_model(llama(), 0.4, allocation="sensitivity", reallocate_every=40)
-    for _ in range(40):
+    backend, run = compile_model(llama(), 0.4, allocation="sensitivity", reallocate_every=120)
+    for _ in range(120):
         dropped_in(backend, run, language_loss)
     assert set(backend.rates.values()) == {0.4}
     dropped_in(backend, run, language_loss)
     estimate = backend.sensitivity
-    assert estimate is not None, "five of forty forwards are observed; rate .4 leaves every branch out of few of them"
+    assert estimate is not None, "six forwards are observed, and rate .4 leaves a branch out of two or three of them"
     assert len(set(backend.rates.values())) > 1
-    exact = backend.calibrate(lambda: language_loss(run))
+    exact = backend.calibrate(lambda: language_loss(run), metric="gradient")
     for source, values in (("estimated", estimate.values), ("exact", exact.values)):
         assert min(values[0], values[2]) > 4 * max(values[1], values[3]), f"attention matters more here ({source})"
 
@@ -191,7 +191,7 @@ def test_an_observed_step_has_the_gradients_of_any_other() -> None:
     model = llama()
     observing, run = compile_model(model, 0.25, allocation="sensitivity", reallocate_every=1000)
     _, run_plain = compile_model(model, 0.25)
-    for number in range(34):
+    for number in range(64):
         actual, expected = compiled(model, language_loss, run), compiled(model, language_loss, run_plain)
         assert_equal(actual, expected, rtol=0, atol=0, what=f"forward {number}")
     assert observing.running_sensitivity is not None

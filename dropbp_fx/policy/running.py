@@ -87,7 +87,7 @@ class RunningSensitivity:
                 if value is not None:
                     self._averages.setdefault((name, field), _Average()).add(value, self._decay)
 
-    def estimate(self, names: Sequence[str], metric: Metric = "gradnorm") -> dict[str, float] | None:
+    def estimate(self, names: Sequence[str], metric: Metric = "gradient") -> dict[str, float] | None:
         """Sensitivities of the branches ``names``, in execution order; ``None`` before each was kept in some step."""
         if any((name, "own") not in self._averages for name in names):
             return None

@@ -22,7 +22,7 @@ from dropbp_fx.policy.sensitivity import Metric, Sensitivity
 Granularity = Literal["branch", "layer"]
 _STATE_VERSION = 2
 #: Share of the forwards that are observed for a running estimate: one in so many.
-_OBSERVE_EVERY = 10
+_OBSERVE_EVERY = 20
 #: A run whose schedule has not moved by this many forwards was probably never told of its progress.
 _PROGRESS_EXPECTED_BY = 100
 
@@ -229,7 +229,7 @@ class Schedule:
         with self._lock:
             self._running.observe({self.branches[index].name: found for index, found in branches.items()}, stem)
 
-    def running_estimate(self, metric: Metric = "gradnorm") -> Sensitivity | None:
+    def running_estimate(self, metric: Metric = "gradient") -> Sensitivity | None:
         """Sensitivities estimated from the steps observed so far, ``None`` while there are too few."""
         with self._lock:
             names = [branch.name for branch in self.branches if branch.droppable]
