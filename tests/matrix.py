@@ -80,28 +80,52 @@ MAMBA: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 3, "mamba_expand": 
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Makes a small model with random weights and every kind of dropout turned off."""
+
+    model: type[Any]
+    config: type[Any]
+    settings: dict[str, Any]
+    freeze: str | None = None
+
+    def __call__(self, **changes: Any) -> nn.Module:
+        config = self.config(**{**self.settings, **changes})
+        for part in (config, *(getattr(config, f"{kind}_config", None) for kind in ("text", "vision"))):
+            for name, value in list(vars(part).items()) if part is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        model: nn.Module = self.model(config)
+        if self.freeze is not None:
+            getattr(model, self.freeze)()
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture.
 
     Attributes:
         name: what it is called in the tests and in the documentation.
         kind: decoder, encoder, ...
-        build: makes a small model with random weights and without dropout.
+        build: makes a small model.
         loss: runs the model, or the compiled one, and returns a scalar.
         branches: for each residual branch, in execution order, its name and where an eager model detaches it.
         layer: the branches of one layer, in words.
-        graphs: how many graphs Dynamo makes of the model.
         note: what a user should know.
     """
 
     name: str
     kind: str
-    build: Callable[[], nn.Module]
+    build: Recipe
     loss: Callable[[Any], Tensor]
     branches: dict[str, DetachPoint]
     layer: str = "attention, MLP"
-    graphs: int = 1
     note: str = ""
+
+
+def made(model: type[Any], config: type[Any], *, freeze: str | None = None, **settings: Any) -> Recipe:
+    """A recipe; ``freeze`` names a method of the model that freezes the part that fine-tuning leaves alone."""
+    return Recipe(model, config, settings, freeze)
 
 
 def language_loss(model: Any) -> Tensor:
@@ -132,31 +156,6 @@ def hidden_loss(model: Any) -> Tensor:
 def caption_loss(model: Any) -> Tensor:
     ids = torch.cat([torch.full((2, 4), 63), IDS], 1)  # four image tokens, one for each patch
     return model(input_ids=ids, pixel_values=IMAGES, labels=ids).loss
-
-
-def made(model: type[nn.Module], config: type[Any], **settings: Any) -> Callable[[], nn.Module]:
-    """A builder of ``model`` from ``config`` with every kind of dropout turned off."""
-
-    def build() -> nn.Module:
-        made_config = config(**settings)
-        for part in (made_config, *(getattr(made_config, f"{kind}_config", None) for kind in ("text", "vision"))):
-            for name, value in list(vars(part).items()) if part is not None else ():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)
-        return model(made_config)
-
-    return build
-
-
-def without_feature_encoder(build: Callable[[], Any]) -> Callable[[], nn.Module]:
-    """Freeze the convolutions that read the sound, as fine-tuning does."""
-
-    def frozen() -> nn.Module:
-        model = build()
-        model.freeze_feature_encoder()
-        return model
-
-    return frozen
 
 
 def each(path: str, parts: dict[str, str] | tuple[str, ...], count: int = 2) -> dict[str, DetachPoint]:
@@ -550,6 +549,7 @@ FAMILIES: tuple[Family, ...] = (
             attn_layer_period=2,
             attn_layer_offset=1,
             use_mamba_kernels=False,
+            use_associative_scan=False,
         ),
         language_loss,
         {
@@ -573,6 +573,7 @@ FAMILIES: tuple[Family, ...] = (
             n_mamba_heads=2,
             layers_block_type=["linear_attention", "hybrid", "hybrid"],
             use_mamba_kernels=False,
+            use_associative_scan=False,
         ),
         language_loss,
         {
@@ -905,7 +906,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Wav2Vec2",
         "audio",
-        without_feature_encoder(made(hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config, **SPEECH)),
+        made(hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config, **SPEECH, freeze="freeze_feature_encoder"),
         sound_loss,
         speech_branches("wav2vec2"),
         layer="attention, MLP; the convolution that makes positions",
@@ -914,7 +915,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "HuBERT",
         "audio",
-        without_feature_encoder(made(hf.HubertForSequenceClassification, hf.HubertConfig, **SPEECH)),
+        made(hf.HubertForSequenceClassification, hf.HubertConfig, **SPEECH, freeze="freeze_feature_encoder"),
         sound_loss,
         speech_branches("hubert"),
         layer="attention, MLP; the convolution that makes positions",
