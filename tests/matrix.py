@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
@@ -132,6 +131,11 @@ def language_loss(model: Any) -> Tensor:
     return model(input_ids=IDS, labels=IDS).loss
 
 
+def short_language_loss(model: Any) -> Tensor:
+    """For models that run over the sequence step by step: every step is part of the graph."""
+    return model(input_ids=IDS[:, :4], labels=IDS[:, :4]).loss
+
+
 def image_loss(model: Any) -> Tensor:
     return model(pixel_values=IMAGES, labels=LABELS).loss
 
@@ -148,24 +152,26 @@ def speech_loss(model: Any) -> Tensor:
     return model(input_features=SPECTRUM, labels=IDS).loss
 
 
-def hidden_loss(model: Any) -> Tensor:
-    hidden = model(input_ids=IDS).last_hidden_state
-    return F.mse_loss(hidden, torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape).to(hidden))
-
-
 def caption_loss(model: Any) -> Tensor:
     ids = torch.cat([torch.full((2, 4), 63), IDS], 1)  # four image tokens, one for each patch
     return model(input_ids=ids, pixel_values=IMAGES, labels=ids).loss
 
 
-def each(path: str, parts: dict[str, str] | tuple[str, ...], count: int = 2) -> dict[str, DetachPoint]:
+ATTENTION_MLP = ("self_attn", "mlp")
+
+
+def each(path: str, parts: dict[str, str] | tuple[str, ...] = ATTENTION_MLP, count: int = 2) -> dict[str, DetachPoint]:
     """The branches of ``count`` layers at ``path.0``, ``path.1``, ...; a tuple detaches each where its name says."""
     named = parts if isinstance(parts, dict) else dict(zip(parts, parts, strict=True))
     return {f"{path}.{i}.{name}": f"{path}.{i}.{point}" for i in range(count) for name, point in named.items()}
 
 
-ATTENTION_MLP = ("self_attn", "mlp")
-LLAMA_LIKE = each("model.layers", ATTENTION_MLP)
+def below(path: str, branches: dict[str, Any]) -> dict[str, DetachPoint]:
+    """``branches`` of a part at ``path`` whose graph Dynamo makes by itself: their names start at that part."""
+    return {name: f"{path}.{point}" for name, point in branches.items()}
+
+
+LLAMA_LIKE = each("model.layers")
 POST_NORMED = {"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 BERT_LIKE = {"attention.self+output": "attention.output.dense", "intermediate+output": "output.dense"}
 FC = {"self_attn": "self_attn", "fc1+fc2": "fc2"}
@@ -173,7 +179,8 @@ CROSS_FC = {"self_attn": "self_attn", "encoder_attn": "encoder_attn", "fc1+fc2":
 BART_LIKE = {**each("model.encoder.layers", FC), **each("model.decoder.layers", CROSS_FC)}
 VIT_LIKE = ("attention", "mlp")
 MOE: dict[str, Any] = {"num_experts_per_tok": 2}
-FREEZE = "With freeze_feature_encoder(), as is usual; otherwise the model sets requires_grad on its input and breaks the graph."
+PART = "names start at the part of the model that Dynamo compiles by itself"
+FREEZE = f"With freeze_feature_encoder(), as is usual; {PART}."
 CROSS = "encoder: attention, MLP; decoder: attention, cross-attention, MLP"
 
 
@@ -215,18 +222,17 @@ def beit_branches() -> dict[str, DetachPoint]:
     }
 
 
-def clip_branches(vision: str = "vision_model", text: str = "text_model") -> dict[str, DetachPoint]:
-    return {**each(f"{vision}.encoder.layers", ATTENTION_MLP), **each(f"{text}.encoder.layers", ATTENTION_MLP)}
+def clip_branches() -> dict[str, DetachPoint]:
+    return {**each("vision_model.encoder.layers"), **each("text_model.encoder.layers")}
 
 
 def llava_branches() -> dict[str, DetachPoint]:
-    paths = {**each("vision_tower.encoder.layers", ATTENTION_MLP), **each("language_model.layers", ATTENTION_MLP)}
-    return {path: f"model.{path}" for path in paths}
+    return {**below("model.vision_tower", each("encoder.layers")), **below("model", each("language_model.layers"))}
 
 
 def speech_branches(root: str) -> dict[str, DetachPoint]:
-    position = f"{root}.encoder.pos_conv_embed"
-    return {f"{position}.conv": position, **each(f"{root}.encoder.layers", ("attention", "feed_forward"))}
+    layers = each("encoder.layers", ("attention", "feed_forward"))
+    return below(root, {"encoder.pos_conv_embed.conv": "encoder.pos_conv_embed", **layers})
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -339,7 +345,9 @@ FAMILIES: tuple[Family, ...] = (
         LLAMA_LIKE,
         layer="attention and MLP in parallel",
     ),
-    Family("StableLM", "decoder", made(hf.StableLmForCausalLM, hf.StableLmConfig, **GROUPED), language_loss, LLAMA_LIKE),
+    Family(
+        "StableLM", "decoder", made(hf.StableLmForCausalLM, hf.StableLmConfig, **GROUPED), language_loss, LLAMA_LIKE
+    ),
     Family("OLMo", "decoder", made(hf.OlmoForCausalLM, hf.OlmoConfig, **GROUPED), language_loss, LLAMA_LIKE),
     Family(
         "OLMo 2",
@@ -350,7 +358,11 @@ FAMILIES: tuple[Family, ...] = (
         note="A norm behind each branch belongs to it.",
     ),
     Family(
-        "StarCoder2", "decoder", made(hf.Starcoder2ForCausalLM, hf.Starcoder2Config, **GROUPED), language_loss, LLAMA_LIKE
+        "StarCoder2",
+        "decoder",
+        made(hf.Starcoder2ForCausalLM, hf.Starcoder2Config, **GROUPED),
+        language_loss,
+        LLAMA_LIKE,
     ),
     Family(
         "Granite",
@@ -365,7 +377,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "GPT-OSS",
         "mixture of experts",
-        made(hf.GptOssForCausalLM, hf.GptOssConfig, **GROUPED, **MOE, head_dim=8, num_local_experts=4, sliding_window=4),
+        made(
+            hf.GptOssForCausalLM, hf.GptOssConfig, **GROUPED, **MOE, head_dim=8, num_local_experts=4, sliding_window=4
+        ),
         language_loss,
         LLAMA_LIKE,
         layer="attention, experts",
@@ -430,7 +444,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         language_loss,
         {
-            **each("model.layers", ATTENTION_MLP, 1),
+            **each("model.layers", count=1),
             "model.layers.1.self_attn": "model.layers.1.self_attn",
             "model.layers.1.mlp.gate+experts": "model.layers.1.mlp.experts",
             "model.layers.1.mlp.shared_experts": "model.layers.1.mlp.shared_experts",
@@ -459,7 +473,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         language_loss,
         {
-            **each("model.layers", ATTENTION_MLP, 1),
+            **each("model.layers", count=1),
             "model.layers.1.self_attn": "model.layers.1.self_attn",
             "model.layers.1.mlp.gate+experts": "model.layers.1.mlp.experts",
             "model.layers.1.mlp.shared_experts": "model.layers.1.mlp.shared_experts",
@@ -479,7 +493,7 @@ FAMILIES: tuple[Family, ...] = (
             state_size=4,
             time_step_rank=4,
         ),
-        language_loss,
+        short_language_loss,
         each("backbone.layers", ("mixer",)),
         layer="mixer",
     ),
@@ -514,7 +528,7 @@ FAMILIES: tuple[Family, ...] = (
             attention_window_size=4,
             block_types=["recurrent", "attention"],
         ),
-        language_loss,
+        short_language_loss,
         each("model.layers", ("temporal_block", "mlp_block")),
         layer="recurrence or attention, MLP",
     ),
@@ -551,7 +565,7 @@ FAMILIES: tuple[Family, ...] = (
             use_mamba_kernels=False,
             use_associative_scan=False,
         ),
-        language_loss,
+        short_language_loss,
         {
             **each("model.layers", ("mamba", "feed_forward"), 1),
             "model.layers.1.self_attn": "model.layers.1.self_attn",
@@ -575,7 +589,7 @@ FAMILIES: tuple[Family, ...] = (
             use_mamba_kernels=False,
             use_associative_scan=False,
         ),
-        language_loss,
+        short_language_loss,
         {
             "model.layers.0.mamba": "model.layers.0.mamba",
             **{
@@ -598,7 +612,7 @@ FAMILIES: tuple[Family, ...] = (
             vocab_size=64,
             context_length=16,
         ),
-        language_loss,
+        short_language_loss,
         each("rwkv.blocks", ("attention", "feed_forward")),
         layer="time mixing, channel mixing",
     ),
@@ -880,9 +894,9 @@ FAMILIES: tuple[Family, ...] = (
         ),
         contrastive_loss,
         {
-            **each("vision_model.encoder.layers", ATTENTION_MLP),
+            **each("vision_model.encoder.layers"),
             "vision_model.head.mlp": "vision_model.head.mlp",
-            **each("text_model.encoder.layers", ATTENTION_MLP),
+            **each("text_model.encoder.layers"),
         },
         note="The pooling head's MLP is a branch too.",
     ),
@@ -900,7 +914,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         caption_loss,
         llava_branches(),
-        note="Dynamo breaks the graph; names start at the part that holds vision tower and language model.",
+        note=f"Dynamo breaks the graph: {PART}.",
     ),
     # Sound.
     Family(

@@ -30,7 +30,8 @@ class Result:
 def detached(model: nn.Module, points: Collection[DetachPoint]) -> Iterator[None]:
     """Detach the outputs of the modules at ``points`` for the length of the block."""
     handles = []
-    for point in (single for point in points for single in (point if isinstance(point, list) else [point])):
+    singles = [single for point in points for single in (point if isinstance(point, list) else [point])]
+    for point in singles:
         path, call = point if isinstance(point, tuple) else (point, None)
         calls = iter(range(10**6))
 

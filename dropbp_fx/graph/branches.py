@@ -609,9 +609,12 @@ def _is_differentiable_value(node: fx.Node) -> bool:
 
 
 def _is_constant_like(node: fx.Node) -> bool:
-    """Parameters, buffers and other graph inputs of a handful of elements or a vector: what a scale is made of."""
+    """A number or a vector made of graph inputs that are one too, parameters and buffers: what a scale is made of."""
     value = example_value(node)
-    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.ndim <= 1
+    if not isinstance(value, torch.Tensor) or value.ndim > 1:
+        return False
+    sources = node.all_input_nodes
+    return node.op in ("placeholder", "get_attr") or (bool(sources) and all(map(_is_constant_like, sources)))
 
 
 _SCALING_FUNCTIONS = frozenset(
