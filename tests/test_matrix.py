@@ -44,12 +44,11 @@ def test_the_documentation_lists_exactly_these_families() -> None:
 
 
 def test_experts_run_by_a_python_loop_break_the_graph_and_nothing_can_be_dropped() -> None:
-    model = BY_NAME["Mixtral"].build(num_hidden_layers=1).train()
+    model = BY_NAME["Mixtral"].build(num_hidden_layers=1, num_local_experts=2).train()
     model.set_experts_implementation("eager")
     backend = dropbp_backend(0.5, inner="aot_eager")
     run = torch.compile(model, backend=backend)
-    for _ in range(2):
-        assert_equal(compiled(model, language_loss, run), eager(model, language_loss, []))
+    assert_equal(compiled(model, language_loss, run), eager(model, language_loss, []))
     assert [branch.name for branch in backend.branches] == ["self_attn"], "the experts' add is in a graph without them"
     assert backend.stats.attainable_rate == 0
 
