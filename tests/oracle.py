@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend
 
-#: Where to detach to drop one branch: a module's output, or only its n-th call's for a module that runs several times.
-DetachPoint = str | tuple[str, int]
+#: Where to detach to drop one branch: a module's output, or only its n-th call's for a module that runs several times;
+#: a list of modules where the branch is the sum of their outputs and no module's own.
+DetachPoint = str | tuple[str, int] | list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Result:
 def detached(model: nn.Module, points: Collection[DetachPoint]) -> Iterator[None]:
     """Detach the outputs of the modules at ``points`` for the length of the block."""
     handles = []
-    for point in points:
+    singles = [single for point in points for single in (point if isinstance(point, list) else [point])]
+    for point in singles:
         path, call = point if isinstance(point, tuple) else (point, None)
         calls = iter(range(10**6))
 

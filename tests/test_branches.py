@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dropbp_fx import dropbp_backend
-from dropbp_fx.graph.branches import BranchSearch, find_branches, normalise_inplace_adds
+from dropbp_fx.graph.branches import BranchSearch, find_branches, mutated_by, normalise_inplace_adds
 from dropbp_fx.graph.naming import name_branches
 from tests.oracle import assert_exact
 
@@ -259,3 +259,86 @@ class Recurrent(nn.Module):
 
 def test_a_state_recurrence_inside_a_mixer_is_not_taken_for_the_stream() -> None:
     assert names(Stack(Recurrent(), Recurrent()), torch.randn(2, 3, D)) == ["blocks.0.k+o", "blocks.1.k+o"]
+
+
+class Doubled(torch.autograd.Function):
+    """An autograd function without a matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * 2
+
+
+class Multiplied(torch.autograd.Function):
+    """An autograd function with one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return grad @ weight.mT, x.flatten(0, -2).mT @ grad.flatten(0, -2)
+
+
+class WithFunction(nn.Module):
+    def __init__(self, works: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.weight = nn.Parameter(torch.eye(D))
+        self.works = works
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + (Multiplied.apply(h, self.weight) if self.works else Doubled.apply(h))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_an_autograd_function_does_work_if_its_forward_does(works: bool) -> None:
+    assert len(search(WithFunction(works), torch.randn(2, 3, D)).branches) == works
+
+
+class Cached(nn.Module):
+    """Returns what it computed on the way, and computes something that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.o = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self.k(x)
+        _ = keys.exp().sum()
+        return x + self.o(keys.softmax(-1)), keys * 2
+
+
+def test_only_what_leaves_the_graph_leaves_the_branch() -> None:
+    (branch,) = search(Cached(), torch.randn(2, 3, D)).branches
+    assert [(value.name, user.name) for value, user in branch.escapes] == [("keys", "mul")]
+
+
+@torch.library.custom_op("dropbp_fx_tests::put", mutates_args=("into",))
+def put(value: Tensor, into: Tensor) -> None:
+    into.copy_(value)
+
+
+@pytest.mark.parametrize("target", [torch.ops.dropbp_fx_tests.put, torch.ops.dropbp_fx_tests.put.default])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_an_operator_writes_into_is_in_its_schema(target: Any, by_name: bool) -> None:
+    graph = fx.Graph()
+    value, into = graph.placeholder("value"), graph.placeholder("into")
+    call = graph.call_function(target, (value,) if by_name else (value, into), {"into": into} if by_name else {})
+    assert mutated_by(call) == [into]
+
+
+@pytest.mark.parametrize(("inplace", "written"), [(True, True), (False, False)])
+def test_a_function_asked_to_write_into_its_operand_does(inplace: bool, written: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert mutated_by(graph.call_function(F.dropout, (x, 0.5, True, inplace))) == [x] * written
+    assert mutated_by(graph.call_function(F.relu, (x,), {"inplace": inplace})) == [x] * written

@@ -1,4 +1,7 @@
-"""Real models agree with the eager ``.detach()`` oracle for any pattern; expectations are written down by hand."""
+"""Gradients agree with the eager ``.detach()`` oracle for any pattern, in the settings that models are trained in.
+
+tests/test_matrix.py goes through the model families; here it is a Llama or a smaller network.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from dropbp_fx import dropbp_backend
+from tests.matrix import IDS, LLAMA_LIKE, language_loss
 from tests.oracle import DetachPoint, assert_equal, assert_exact, compiled, eager
 
 SMALL: dict[str, Any] = {
@@ -20,11 +24,8 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 48,
-    "vocab_size": 61,
+    "vocab_size": 64,
 }
-NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-IDS = torch.arange(24).reshape(2, 12) * 7 % 61
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32).sin()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,6 @@ class Case:
     build: Callable[[], nn.Module]
     loss: Callable[[Any], Tensor]
     branches: dict[str, DetachPoint]
-
-
-def language_loss(model: Any) -> Tensor:
-    return model(input_ids=IDS, labels=IDS).loss
-
-
-def image_loss(model: Any) -> Tensor:
-    return model(pixel_values=IMAGES, labels=torch.tensor([0, 1])).loss
 
 
 class ResidualMLP(nn.Module):
@@ -98,114 +91,14 @@ def same(*names: str) -> dict[str, DetachPoint]:
     return {name: name for name in names}
 
 
-def t5_branches() -> dict[str, DetachPoint]:
-    kinds = {
-        "encoder": ("SelfAttention", "DenseReluDense"),
-        "decoder": ("SelfAttention", "EncDecAttention", "DenseReluDense"),
-    }
-    return same(
-        *(
-            f"{stack}.block.{block}.layer.{number}.{kind}"
-            for stack, sublayers in kinds.items()
-            for block in range(2)
-            for number, kind in enumerate(sublayers)
-        )
-    )
-
-
-def albert_branches() -> dict[str, DetachPoint]:
-    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
-    found: dict[str, DetachPoint] = {}
-    for call in range(3):
-        found[f"{layer}.attention.query+key+value+dense#{call + 1}"] = (f"{layer}.attention.dense", call)
-        found[f"{layer}.ffn+ffn_output#{call + 1}"] = (f"{layer}.ffn_output", call)
-    return found
-
-
 CASES: dict[str, Case] = {
-    "llama": Case(
-        lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)),
-        language_loss,  # use_cache=True, the default: keys and values leave the graph
-        same(*(f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp"))),
-    ),
-    "gpt2": Case(  # tied embeddings
-        lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(
-                n_embd=32,
-                n_layer=2,
-                n_head=4,
-                vocab_size=61,
-                n_positions=32,
-                bos_token_id=0,
-                eos_token_id=0,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-            )
-        ),
-        language_loss,
-        same(*(f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn", "mlp"))),
-    ),
-    "bert": Case(  # post-norm
-        lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL, **NO_DROPOUT)),
-        language_loss,
-        {
-            name: point
-            for i in range(2)
-            for name, point in {
-                f"bert.encoder.layer.{i}.attention.self+output": f"bert.encoder.layer.{i}.attention.output.dense",
-                f"bert.encoder.layer.{i}.intermediate+output": f"bert.encoder.layer.{i}.output.dense",
-            }.items()
-        },
-    ),
-    "albert": Case(  # one layer's weights for all layers
-        lambda: hf.AlbertForMaskedLM(
-            hf.AlbertConfig(**{**SMALL, "num_hidden_layers": 3}, **NO_DROPOUT, embedding_size=16)
-        ),
-        language_loss,
-        albert_branches(),
-    ),
-    "t5": Case(  # encoder-decoder, a position bias made in layer 0 and used by all
-        lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(
-                d_model=32,
-                d_kv=8,
-                d_ff=48,
-                num_layers=2,
-                num_heads=4,
-                vocab_size=61,
-                dropout_rate=0.0,
-                decoder_start_token_id=0,
-            )
-        ),
-        language_loss,
-        t5_branches(),
-    ),
-    "gpt_neox": Case(  # parallel attention and MLP
-        lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL, hidden_dropout=0.0, attention_dropout=0.0)),
-        language_loss,
-        same(*(f"gpt_neox.layers.{i}.{part}" for i in range(2) for part in ("attention", "mlp"))),
-    ),
-    "vit": Case(
-        lambda: hf.ViTForImageClassification(
-            hf.ViTConfig(
-                **{k: v for k, v in SMALL.items() if k != "vocab_size"}, **NO_DROPOUT, image_size=32, patch_size=8
-            )
-        ),
-        image_loss,
-        same(*(f"vit.layers.{i}.{part}" for i in range(2) for part in ("attention", "mlp"))),
-    ),
-    "resnet": Case(  # convolutions, in-place adds; the block with a projection shortcut is no residual branch
-        lambda: hf.ResNetForImageClassification(
-            hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
-        ),
-        image_loss,
-        same(*(f"resnet.encoder.stages.{s}.layers.{b}.layer" for s, b in ((0, 0), (0, 1), (1, 1)))),
-    ),
     "encoder, pre-norm": Case(lambda: TransformerEncoder(True), sequence_loss, ENCODER_BRANCHES),
     "encoder, post-norm": Case(lambda: TransformerEncoder(False), sequence_loss, ENCODER_BRANCHES),
     "residual mlp": Case(ResidualMLP, square_loss, same(*(f"blocks.{i}" for i in range(3)))),
 }
+
+
+LLAMA = Case(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)), language_loss, LLAMA_LIKE)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -219,9 +112,8 @@ def test_gradients_agree_with_detach_for_every_kind_of_pattern(name: str) -> Non
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["llama", "residual mlp"])
-def test_gradients_agree_with_detach_under_inductor(name: str) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize("case", [LLAMA, CASES["residual mlp"]], ids=["llama", "residual mlp"])
+def test_gradients_agree_with_detach_under_inductor(case: Case) -> None:
     model = case.build().train()
     backend = dropbp_backend()
     run = torch.compile(model, backend=backend)
@@ -239,7 +131,7 @@ def test_loss_outside_of_the_compiled_part() -> None:
     def loss(m: Any) -> Tensor:
         return F.cross_entropy(m(input_ids=IDS, use_cache=False).logits.flatten(0, 1), IDS.flatten())
 
-    assert_exact(model, run, backend, loss, list(CASES["llama"].branches.values()))
+    assert_exact(model, run, backend, loss, list(LLAMA_LIKE.values()))
 
 
 def test_a_function_that_calls_the_model_and_computes_the_loss() -> None:
@@ -250,7 +142,7 @@ def test_a_function_that_calls_the_model_and_computes_the_loss() -> None:
     def loss(m: Any) -> Tensor:
         return step() if m is step else language_loss(m)
 
-    assert_exact(model, step, backend, loss, list(CASES["llama"].branches.values()))
+    assert_exact(model, step, backend, loss, list(LLAMA_LIKE.values()))
 
 
 def test_frozen_parameters_and_a_frozen_embedding() -> None:
@@ -259,7 +151,7 @@ def test_frozen_parameters_and_a_frozen_embedding() -> None:
         parameter.requires_grad_(any(part in name for part in ("q_proj", "down_proj")))
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend)
-    assert_exact(model, run, backend, language_loss, list(CASES["llama"].branches.values()))
+    assert_exact(model, run, backend, language_loss, list(LLAMA_LIKE.values()))
 
 
 def test_layers_below_the_first_trainable_one_are_never_drawn() -> None:
@@ -379,7 +271,7 @@ def test_activation_checkpointing_inside_the_compiled_model(use_reentrant: bool)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model.train(), backend=backend)
-    assert_exact(model, run, backend, language_loss, list(CASES["llama"].branches.values()))
+    assert_exact(model, run, backend, language_loss, list(LLAMA_LIKE.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -392,7 +284,7 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
         run,
         backend,
         language_loss,
-        list(CASES["llama"].branches.values()),
+        list(LLAMA_LIKE.values()),
         patterns=[(), (0,), (0, 1, 2), (1, 2)],
         rtol=2e-2,
         atol=2e-2,
@@ -413,7 +305,7 @@ def test_autocast_around_the_call() -> None:
         run,
         backend,
         loss,
-        list(CASES["llama"].branches.values()),
+        list(LLAMA_LIKE.values()),
         patterns=[(), (0,), (0, 1, 2), (1, 2)],
         rtol=2e-2,
         atol=2e-2,

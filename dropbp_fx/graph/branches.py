@@ -15,8 +15,10 @@ What is *not* a branch and why not:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,12 +195,26 @@ def does_work(node: fx.Node) -> bool:
             return True
         return any(word in name for word in ("mm", "matmul", "linear", "conv", "einsum", "attention"))
     if isinstance(target, torch._ops.HigherOrderOperator):
+        forward = _autograd_function_body(node)
+        if forward is not None:
+            return any(does_work(inner) for inner in forward.nodes)
         return "autocast" not in target.name() and "grad_enabled" not in target.name()
     module = getattr(target, "__module__", None) or ""
     if module.startswith(_WORK_MODULES):
         return True
     name = getattr(target, "__name__", "")
     return any(word in name for word in ("grouped_mm", "scaled_mm", "_rnn", "lstm", "gru", "fft"))
+
+
+def _autograd_function_body(node: fx.Node) -> fx.Graph | None:
+    """The forward of a ``torch.autograd.Function`` that Dynamo traced: it does work if what it runs does."""
+    target: Any = node.target
+    body = node.args[0] if node.args and target.name() == "autograd_function_apply" else None
+    owner = node.graph.owning_module
+    if not isinstance(body, fx.Node) or body.op != "get_attr" or owner is None:
+        return None
+    module = getattr(owner, str(body.target), None)
+    return module.graph if isinstance(module, fx.GraphModule) else None
 
 
 def example_value(node: fx.Node) -> Any:
@@ -268,25 +284,59 @@ class _GraphSearch:
         self.graph = graph
         self.nodes = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
-        self.parents: list[list[int]] = []
+        self.storage = [storage_of(example_value(node)) for node in self.nodes]
+        self.last_write: dict[int, int] = {}
+        self.differentiable: list[bool] = []
+        self.reads: list[list[int]] = []
+        self.parents: list[list[int]] = []  # those of its reads that a node's gradient goes to
         enabled = True
-        for node in self.nodes:
+        for index, node in enumerate(self.nodes):
             if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
                 enabled = bool(node.args[0])
-            carries = enabled and node.op != "output" and _carries_gradient(node)
-            self.parents.append([self.position[p] for p in node.all_input_nodes] if carries else [])
+            written = mutated_by(node)
+            self.differentiable.append(_is_differentiable_value(node) or any(map(_is_differentiable_value, written)))
+            carries = enabled and node.op != "output" and self.differentiable[index] and not _cuts_gradient(node)
+            self.reads.append(list(self._read_by(node)))
+            self.parents.append(self.reads[index] if carries else [])
+            for target in written:
+                memory = self.storage[self.position[target]]
+                if memory is not None:
+                    self.last_write[memory] = index
         self.ancestors: list[int] = []
         for index, parents in enumerate(self.parents):
             mine = 1 << index
             for parent in parents:
-                if _is_differentiable_value(self.nodes[parent]):
+                if self.differentiable[parent]:
                     mine |= self.ancestors[parent]
             self.ancestors.append(mine)
         self.descendants = [1 << index for index in range(len(self.nodes))]
         for index in range(len(self.nodes) - 1, -1, -1):
             for parent in self.parents[index]:
-                if _is_differentiable_value(self.nodes[parent]):
+                if self.differentiable[parent]:
                     self.descendants[parent] |= self.descendants[index]
+
+        self.live = self._reaching_outputs()
+
+    def _reaching_outputs(self) -> list[bool]:
+        """Which nodes a graph output, or what is left in a graph input's memory, depends on."""
+        given = {self.storage[index] for index, node in enumerate(self.nodes) if node.op == "placeholder"} - {None}
+        live = [False] * len(self.nodes)
+        for index in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[index]
+            live[index] |= node.op == "output"
+            live[index] |= any(self.storage[self.position[target]] in given for target in mutated_by(node))
+            if live[index]:
+                for source in self.reads[index]:
+                    live[source] = True
+        return live
+
+    def _read_by(self, node: fx.Node) -> Iterator[int]:
+        """Positions of what ``node`` is computed from: its operands, and what was last written into their memory."""
+        for parent in node.all_input_nodes:
+            yield self.position[parent]
+            memory = self.storage[self.position[parent]]
+            if memory in self.last_write:
+                yield self.last_write[memory]
 
     def run(self) -> tuple[list[ResidualBranch], list[RejectedAdd]]:
         candidates: list[_Candidate] = []
@@ -451,9 +501,7 @@ class _GraphSearch:
     def _reach_avoiding(self, start: int, avoid: int) -> int:
         reached = 1 << start
         for index in range(start + 1, len(self.nodes)):
-            if index != avoid and any(
-                reached >> p & 1 for p in self.parents[index] if _is_differentiable_value(self.nodes[p])
-            ):
+            if index != avoid and any(reached >> p & 1 for p in self.parents[index] if self.differentiable[p]):
                 reached |= 1 << index
         return reached
 
@@ -479,7 +527,10 @@ class _GraphSearch:
         return user.op == "output" or bool(self.parents[index] and not self.descendants[index] & after)
 
     def _escapes(self, candidate: _Candidate) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Edges out of the body whose values reach graph outputs without meeting anything computed from the sum."""
+        """Edges out of the body whose values reach graph outputs without meeting anything computed from the sum.
+
+        A value nobody reads in the end needs no gate, and a gate may not part a view from the memory it stands for.
+        """
         after = self.descendants[self.position[candidate.addition]]
         for node in self._members(candidate.body):
             value = example_value(node)
@@ -488,10 +539,17 @@ class _GraphSearch:
             for user in node.users:
                 index = self.position[user]
                 inside = candidate.body >> index & 1 or (node, user) in candidate.outputs
-                if inside or after >> index & 1:
+                if inside or after >> index & 1 or not self.live[index] or self._is_written_through(node, user):
                     continue
                 if self._leads_out(user, after):
                     yield node, user
+
+    def _is_written_through(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether ``user`` is the way, or a view on the way, of a write into ``node``'s memory: it needs that memory."""
+        memory, index = self.storage[self.position[node]], self.position[user]
+        if memory is None or user.op == "output" or self.last_write.get(memory, -1) < index:
+            return False
+        return self.storage[index] == memory or node in mutated_by(user)
 
     def _members(self, bits: int) -> Iterator[fx.Node]:
         return (self.nodes[index] for index in self._indices(bits))
@@ -535,13 +593,10 @@ def _promotes(addition: fx.Node) -> bool:
     return torch.promote_types(left.dtype, right.dtype) != left.dtype
 
 
-def _carries_gradient(node: fx.Node) -> bool:
-    """Whether a node's output is a differentiable function of its inputs, whatever requires a gradient in this run."""
-    if node.op == "call_method" and node.target in _CUTS_GRADIENT:
-        return False
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in _CUTS_GRADIENT:
-        return False
-    return _is_differentiable_value(node)
+def _cuts_gradient(node: fx.Node) -> bool:
+    """Whether a node's output is no differentiable function of its inputs, whatever requires a gradient in this run."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _CUTS_GRADIENT
 
 
 def _is_differentiable_value(node: fx.Node) -> bool:
@@ -554,9 +609,12 @@ def _is_differentiable_value(node: fx.Node) -> bool:
 
 
 def _is_constant_like(node: fx.Node) -> bool:
-    """Parameters, buffers and other graph inputs of a handful of elements or a vector: what a scale is made of."""
+    """A number or a vector made of graph inputs that are one too, parameters and buffers: what a scale is made of."""
     value = example_value(node)
-    return node.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.ndim <= 1
+    if not isinstance(value, torch.Tensor) or value.ndim > 1:
+        return False
+    sources = node.all_input_nodes
+    return node.op in ("placeholder", "get_attr") or (bool(sources) and all(map(_is_constant_like, sources)))
 
 
 _SCALING_FUNCTIONS = frozenset(
@@ -584,6 +642,51 @@ def storage_of(value: Any) -> int | None:
         return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
         return None
+
+
+def mutated_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensor an operation writes into: by its schema, or by PyTorch's naming of in-place operations."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    written: list[Any] = [node.kwargs.get("out")]
+    inplace = name.endswith("_") and not name.endswith("__")
+    inplace |= name in {"setitem", "__setitem__"} or (name.startswith("__i") and name.endswith("__"))
+    inplace |= getattr(node.target, "__module__", "") == "_operator" and name in {
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
+        *("ilshift", "irshift"),
+    }
+    if node.op == "call_function":
+        at = _position_of_inplace(node.target)
+        inplace |= at is not None and (node.args[at] if at < len(node.args) else node.kwargs.get("inplace")) is True
+        written += [
+            node.args[at] if at < len(node.args) else node.kwargs.get(name)
+            for at, name in _written_by_schema(node.target)
+        ]
+    if inplace and node.args:
+        written.append(node.args[0])
+    return [item for item in written if isinstance(item, fx.Node)]
+
+
+@functools.cache
+def _position_of_inplace(function: Callable[..., Any]) -> int | None:
+    """Where a function such as ``F.dropout`` takes its ``inplace``: modules pass it by position."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins have no signature
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+@functools.cache
+def _written_by_schema(operator: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that a registered operator declares to write into."""
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        operator = getattr(operator, operator.overloads()[0])
+    if not isinstance(operator, torch._ops.OpOverload):
+        return ()
+    arguments = enumerate(operator._schema.arguments)
+    return tuple(
+        (at, argument.name) for at, argument in arguments if argument.alias_info and argument.alias_info.is_write
+    )
 
 
 def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:

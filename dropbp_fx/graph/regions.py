@@ -20,7 +20,7 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, storage_of
+from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
 
 #: What dropping a branch drops: all its gradients, or only those of its parameters.
@@ -293,7 +293,7 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         storage = storage_of(value)
         if storage is not None:
             born.setdefault(storage, at)
-        for target in _mutated(node):
+        for target in mutated_by(node):
             mutated = storage_of(example_value(target))
             if target in position and mutated is not None and mutated in born:
                 forbid(born[mutated] + 1, at)
@@ -302,21 +302,6 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         depth += forbidden[index]
         allowed.append(depth == 0)
     return allowed
-
-
-def _mutated(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose tensor an operation writes into, by PyTorch's naming of in-place operations."""
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    written: list[Any] = [node.kwargs.get("out")]
-    inplace = name.endswith("_") and not name.endswith("__")
-    inplace |= name in {"setitem", "__setitem__"} or (name.startswith("__i") and name.endswith("__"))
-    inplace |= getattr(node.target, "__module__", "") == "_operator" and name in {
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"),
-        *("ilshift", "irshift"),
-    }
-    if (inplace or node.kwargs.get("inplace") is True) and node.args:
-        written.append(node.args[0])
-    return [item for item in written if isinstance(item, fx.Node)]
 
 
 def _read_program(
