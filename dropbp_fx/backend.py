@@ -22,11 +22,13 @@ from dropbp_fx.graph.branches import (
     find_branches,
     normalise_inplace_adds,
 )
+from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.naming import ModuleTree, name_branches
-from dropbp_fx.graph.regions import insert_gates, split_into_regions
+from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.variants import RegionVariants
@@ -69,11 +71,12 @@ class _State:
     counts: CompileCounts
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
+    graphs: list[CapturedGraph]
     modules: ModuleTree
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
-        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], ModuleTree())
+        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], [], ModuleTree())
 
 
 class DropBPBackend:
@@ -105,26 +108,46 @@ class DropBPBackend:
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
         compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        graph = self._capture(gm, compiler)
+        if graph is None:
+            compiled = compiler.whole(gm, example_inputs)
+            compiler.counts.graphs += 1
+            return compiled
+        runner = self._runner(graph)
+        compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
+        return runner
+
+    def _capture(self, gm: fx.GraphModule, compiler: Compiler, *, whole: bool = False) -> CapturedGraph | None:
+        """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
+        dropped is ``None``, or with ``whole`` one region; it is left as it was in the first case.
+        """
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         met, droppable = self._meet(gm, search.branches)
         self._report_absence(gm, search.branches)
-        if not droppable:
-            compiled = compiler.whole(gm, example_inputs)
-            compiler.counts.graphs += 1
-            return compiled
+        if not droppable and not whole:
+            return None
+        facts = {
+            branch.index: describe_branch(found, _parameters_of(found))
+            for branch, found in zip(met, search.branches, strict=True)
+        }
         branches = [search.branches[position] for position in droppable]
-        indices = [met[position].index for position in droppable]
-        runner = self._compile_regions(gm, branches, indices, compiler)
-        compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
-        return runner
+        program = split_into_regions(gm, branches, insert_gates(branches))
+        return CapturedGraph(
+            program=program,
+            variants=self._variants_of(program, compiler),
+            indices=tuple(met[position].index for position in droppable),
+            facts=facts,
+            rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
+        )
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""
         self._state.variants.clear()
         self._state.runners.clear()
+        self._state.graphs.clear()
 
     def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[list[Branch], list[int]]:
         """Enter the graph's branches into the table; tell which of them this graph may drop."""
@@ -167,21 +190,9 @@ class DropBPBackend:
             raise ValueError(message)
         warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
 
-    def _compile_regions(
-        self,
-        gm: fx.GraphModule,
-        branches: Sequence[ResidualBranch],
-        indices: Sequence[int],
-        compiler: Compiler,
-    ) -> RegionRunner:
-        program = split_into_regions(gm, branches, insert_gates(branches))
+    def _variants_of(self, program: RegionProgram, compiler: Compiler) -> tuple[RegionVariants, ...]:
         fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
-        dynamic = any(
-            isinstance(size, torch.SymInt)
-            for region in program.regions
-            for value in region.examples
-            for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-        )
+        dynamic = program.has_symbols
         variants: list[RegionVariants] = []
         for region in program.regions:
             key = (
@@ -193,15 +204,19 @@ class DropBPBackend:
             if key not in self._state.variants:
                 self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
             variants.append(self._state.variants[key])
-        schedule = self._state.schedule
+        return tuple(variants)
+
+    def _runner(self, graph: CapturedGraph) -> RegionRunner:
+        schedule, indices = self._state.schedule, graph.indices
 
         def draw() -> frozenset[int]:
             dropped = schedule.draw(indices)
             return frozenset(position for position, index in enumerate(indices) if index in dropped)
 
-        runner = RegionRunner(program, variants, draw)
+        runner = RegionRunner(graph.program, graph.variants, draw)
         self._state.runners.append(runner)
-        if dynamic:
+        self._state.graphs.append(graph)
+        if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
 

@@ -8,7 +8,7 @@ else, which is bound by memory, does not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -100,6 +100,6 @@ def _formula(target: Any) -> Any:
 def _sizes(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.Size([concrete(size) for size in value.shape])
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return type(value)(_sizes(item) for item in value)
     return concrete(value) if isinstance(value, torch.SymInt) else value
