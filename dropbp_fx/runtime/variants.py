@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from dropbp_fx.graph.branches import checkpoint_bodies
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import GATE
 from dropbp_fx.graph.gradflow import GradientFlow
+from dropbp_fx.graph.prune import prune_pass
 from dropbp_fx.graph.regions import Region
 from dropbp_fx.runtime.compiler import Compiler
 
@@ -83,6 +84,25 @@ class RegionVariants:
             joint = self.joint
             self._gradient_flops[dropped] = 0 if joint is None else joint_cost(joint, dropped).backward_flops
         return self._gradient_flops[dropped]
+
+    def trace(
+        self, key: VariantKey | None, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+    ) -> _torch.TracedGraphs | fx.GraphModule:
+        """The graphs that a variant is compiled from, nothing being compiled: those of a training variant, or the one
+        graph of the forward-only variant (``key=None``) and of one in which nothing requires a gradient.
+        """
+        gm = _copy(self._gm)
+        with _torch.compile_lock(), self._tracing():
+            if key is not None:
+                dropped, without_gradient, dead = key
+                if dead:
+                    _detach_outputs(gm, dead)
+                inputs = self._inputs(without_gradient)
+                traced = _torch.trace_graphs(gm, inputs, prune_pass(dropped), decompositions)
+                if traced is not None:
+                    return traced
+            _remove_gates(gm)
+            return _torch.trace_forward_graph(gm, self._inputs(None), decompositions)
 
     def _tracing(self) -> Any:
         return _torch.fresh_tracing_context(self._fake_mode)
