@@ -1,7 +1,33 @@
 """DropBP as a ``torch.compile`` backend: fine-tune with residual branches dropped in the backward pass only."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dropbp_fx.backend import BackendStats, DropBPBackend, NoResidualBranchWarning, dropbp_backend
 from dropbp_fx.policy.branches import Branch
 
-__all__ = ["BackendStats", "Branch", "DropBPBackend", "NoResidualBranchWarning", "__version__", "dropbp_backend"]
+if TYPE_CHECKING:
+    from dropbp_fx.inspect import Explanation, explain
+
+__all__ = [
+    "BackendStats",
+    "Branch",
+    "DropBPBackend",
+    "Explanation",
+    "NoResidualBranchWarning",
+    "__version__",
+    "dropbp_backend",
+    "explain",
+]
 __version__ = "0.1.0"
+
+_INSPECTION = frozenset({"Explanation", "explain"})
+
+
+def __getattr__(name: str) -> Any:
+    """Training imports nothing of the inspection until it is asked for."""
+    if name in _INSPECTION:
+        return getattr(importlib.import_module("dropbp_fx.inspect"), name)
+    raise AttributeError(f"module 'dropbp_fx' has no attribute {name!r}")

@@ -59,6 +59,7 @@ class CostModel:
     def __init__(self, decompositions: Mapping[Any, Callable[..., Any]] | None) -> None:
         self._decompositions = decompositions
         self._regions: dict[tuple[RegionVariants, VariantKey | None], RegionCost] = {}
+        self._memory: dict[int, dict[int, tuple[object, int]]] = {}
 
     def region(self, variants: RegionVariants, key: VariantKey | None) -> RegionCost:
         """The cost of one variant of a region; ``None`` is the forward-only variant."""
@@ -82,7 +83,9 @@ class CostModel:
         What one region makes and another saves counts once; parameters, buffers and graph inputs do not count.
         """
         program = graph.program
-        memory = _slot_memory(graph)
+        if id(program) not in self._memory:
+            self._memory[id(program)] = _slot_memory(graph)
+        memory = self._memory[id(program)]
         given = {memory[slot][0] for slot in (*program.inputs, *program.constants) if slot in memory}
         shared: dict[object, int] = {}
         forward = backward = inner = 0

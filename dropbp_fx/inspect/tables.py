@@ -86,9 +86,10 @@ def headline(explanation: Explanation) -> str:
 def footnote(explanation: Explanation) -> str:
     """What the figures mean."""
     return (
-        "FLOPs: matrix products, convolutions and attention; backward FLOPs are what dropping the branch saves. Saved: bytes "
-        "kept for the backward, kept / dropped. Step cost: forward and backward FLOPs against rate 0, without the "
-        f"optimizer; mean over random patterns (granularity {explanation.granularity!r}, inner {explanation.inner!r})."
+        "FLOPs: matrix products, convolutions and attention; backward FLOPs are what dropping the branch saves. Saved: "
+        "bytes held for the backward, branch kept / dropped. Step cost: forward and backward FLOPs against rate 0, "
+        f"without the optimizer; mean over random patterns (granularity {explanation.granularity!r}, inner "
+        f"{explanation.inner!r})."
     )
 
 
@@ -131,19 +132,18 @@ def branch_table(explanation: Explanation, style: str = "simple") -> str:
 def prediction_table(explanation: Explanation, style: str = "simple") -> str:
     """Predicted cost and memory at a few rates and at the backend's own."""
     rates = sorted({*_SHOWN_RATES, explanation.rate})
-    rows = []
-    for prediction in map(explanation.predict, rates):
-        rows.append(
-            [
-                f"{prediction.rate:g}",
-                f"{prediction.dropped:.3f}",
-                quantity(prediction.forward_flops),
-                quantity(prediction.backward_flops),
-                f"{prediction.relative_cost:.3f}",
-                byte_quantity(prediction.saved_bytes),
-                f"{prediction.relative_memory:.3f}",
-            ]
-        )
+    rows = [
+        [
+            f"{prediction.rate:g}",
+            f"{prediction.dropped:.3f}",
+            quantity(prediction.forward_flops),
+            quantity(prediction.backward_flops),
+            f"{prediction.relative_cost:.3f}",
+            byte_quantity(prediction.saved_bytes),
+            f"{prediction.relative_memory:.3f}",
+        ]
+        for prediction in map(explanation.predict, rates)
+    ]
     headers = ["rate", "dropped", "forward FLOPs", "backward FLOPs", "step cost", "saved", "saved, relative"]
     return tabulate(rows, headers, tablefmt=style, colalign=["right"] * len(headers), disable_numparse=True)
 
