@@ -73,14 +73,19 @@ def _graphs(
             raise
         except Exception as error:
             raise RuntimeError(
-                f"{type(fake).__name__} could not be traced on tensors without data: {error} Where its forward depends "
-                "on the values of its inputs, train one step with a backend and pass that backend to explain()."
+                f"{type(fake).__name__} could not be traced on tensors without data: {_first_line(error)} Where its "
+                "forward depends on the values of its inputs, train one step with a backend and pass that backend to explain()."
             ) from error
     return tuple(found)
 
 
 def _leave(*_arguments: Any) -> Any:
     raise _Captured
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if line.endswith(".") else f"{line}."
 
 
 def _call(self: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -102,7 +107,7 @@ def fake_copy(model: nn.Module, mode: Any) -> nn.Module:
             twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise RuntimeError(
-            f"explain() works on a copy of the model, and {type(model).__name__} could not be copied: {error} Train one "
-            "step with a backend instead and pass that backend to explain()."
+            f"explain() works on a copy of the model, and {type(model).__name__} could not be copied: {_first_line(error)} "
+            "Train one step with a backend instead and pass that backend to explain()."
         ) from error
     return twin if model.training else twin.train()

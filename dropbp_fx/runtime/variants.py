@@ -75,7 +75,7 @@ class RegionVariants:
     @functools.cached_property
     def joint(self) -> fx.GraphModule | None:
         """The region's joint graph with its gates, ``None`` where nothing in it requires a gradient."""
-        with _torch.compile_lock(), self._tracing():
+        with _torch.compile_lock(), self._tracing(), torch.enable_grad():
             return _torch.trace_joint_graph(_copy(self._gm), self._inputs(frozenset()))
 
     def gradient_flops(self, dropped: frozenset[int] = frozenset()) -> int:
@@ -92,7 +92,7 @@ class RegionVariants:
         graph of the forward-only variant (``key=None``) and of one in which nothing requires a gradient.
         """
         gm = _copy(self._gm)
-        with _torch.compile_lock(), self._tracing():
+        with _torch.compile_lock(), self._tracing(), torch.enable_grad():
             if key is not None:
                 dropped, without_gradient, dead = key
                 if dead:
