@@ -120,17 +120,27 @@ def isolated_dynamo() -> Iterator[None]:
     neither in Dynamo's statistics nor in its random state.
     """
     from torch._dynamo import convert_frame, eval_frame
-    from torch._dynamo.utils import counters, preserve_rng_state
+    from torch._dynamo.utils import preserve_rng_state
 
     before = {id(code) for code in _tracked_codes(convert_frame)}
-    counted = {name: collections.Counter(values) for name, values in counters.items()}
     try:
-        with preserve_rng_state():
+        with preserve_rng_state(), _uncounted():
             yield
     finally:
         for code in _tracked_codes(convert_frame):
             if id(code) not in before:
                 eval_frame.reset_code(code)
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """What is traced to be looked at does not count in PyTorch's statistics of compilations."""
+    from torch._dynamo.utils import counters
+
+    counted = {name: collections.Counter(values) for name, values in counters.items()}
+    try:
+        yield
+    finally:
         counters.clear()
         for name, values in counted.items():
             counters[name].update(values)
@@ -301,7 +311,7 @@ def _trace_until(
         partition_fn=partition or default_partition,
         decompositions=decompositions,
     )
-    with contextlib.suppress(_Traced):
+    with contextlib.suppress(_Traced), _uncounted():
         backend(gm, list(inputs))
 
 
@@ -405,6 +415,39 @@ def in_checkpoint_recomputation() -> bool:
 def checkpoint_operator() -> Any:
     """The higher-order operator Dynamo puts around a layer under activation checkpointing."""
     return torch.ops.higher_order.tag_activation_checkpoint
+
+
+#: Private hooks by module and attribute, for ``dropbp-fx doctor``.
+_HOOKS = (
+    ("torch._inductor.compile_fx", "compile_fx"),
+    ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    ("torch._inductor.config", "joint_custom_pre_pass"),
+    ("torch._inductor.decomposition", "select_decomp_table"),
+    ("torch._dynamo.backends.common", "aot_autograd"),
+    ("torch._dynamo.convert_frame", "compile_lock"),
+    ("torch._dynamo.convert_frame", "input_codes"),
+    ("torch._dynamo.eval_frame", "reset_code"),
+    ("torch._dynamo.guards", "install_guard"),
+    ("torch._dynamo.source", "AttrSource"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    ("torch._dispatch.python", "enable_python_dispatcher"),
+    ("torch._functorch.config", "force_non_lazy_backward_lowering"),
+    ("torch._guards", "TracingContext"),
+    ("torch._subclasses.fake_tensor", "FakeCopyMode"),
+    ("torch._C", "_current_graph_task_id"),
+    ("functorch.compile", "min_cut_rematerialization_partition"),
+)
+
+
+def hooks() -> dict[str, bool]:
+    """For each private hook whether this PyTorch has it."""
+    found: dict[str, bool] = {}
+    for module, attribute in _HOOKS:
+        try:
+            found[f"{module}.{attribute}"] = hasattr(importlib.import_module(module), attribute)
+        except ImportError:
+            found[f"{module}.{attribute}"] = False
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,8 @@ def _graphs(
         except Exception as error:
             raise RuntimeError(
                 f"{type(fake).__name__} could not be traced on tensors without data: {_first_line(error)} Where its "
-                "forward depends on the values of its inputs, train one step with a backend and pass that backend to explain()."
+                "forward depends on the values of its inputs, train one step with a backend and pass that backend to "
+                "explain()."
             ) from error
     return tuple(found)
 
