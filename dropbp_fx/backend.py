@@ -73,10 +73,13 @@ class _State:
     runners: list[RegionRunner]
     graphs: list[CapturedGraph]
     modules: ModuleTree
+    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
-        return cls(Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], [], ModuleTree())
+        return cls(
+            Schedule(config.rate, config.granularity, config.seed), CompileCounts(), {}, [], [], ModuleTree(), []
+        )
 
 
 class DropBPBackend:
@@ -207,10 +210,12 @@ class DropBPBackend:
         return tuple(variants)
 
     def _runner(self, graph: CapturedGraph) -> RegionRunner:
-        schedule, indices = self._state.schedule, graph.indices
+        schedule, indices, listeners = self._state.schedule, graph.indices, self._state.listeners
 
         def draw() -> frozenset[int]:
             dropped = schedule.draw(indices)
+            for listen in listeners:
+                listen(indices, dropped)
             return frozenset(position for position, index in enumerate(indices) if index in dropped)
 
         runner = RegionRunner(graph.program, graph.variants, draw)

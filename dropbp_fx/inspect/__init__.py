@@ -2,5 +2,6 @@
 
 from dropbp_fx.inspect.explaining import explain
 from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation, Prediction
+from dropbp_fx.inspect.history import PatternHistory, record_patterns
 
-__all__ = ["ExplainedBranch", "Explanation", "Prediction", "explain"]
+__all__ = ["ExplainedBranch", "Explanation", "PatternHistory", "Prediction", "explain", "record_patterns"]

@@ -17,6 +17,8 @@ from dropbp_fx.runtime.captured import CapturedGraph
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dropbp_fx.inspect.graph_view import GraphView
+
 #: Patterns that a prediction averages over.
 PATTERNS = 32
 #: Rates at which a report shows predictions.
@@ -112,7 +114,6 @@ class Explanation:
         regions: how many regions these have.
         unique_regions: how many of them differ; the others share their code.
         variants: how many variants :meth:`DropBPBackend.warmup` compiles.
-        history: for each recorded forward the branches it dropped, where the backend kept a record.
     """
 
     def __init__(
@@ -214,6 +215,82 @@ class Explanation:
             for branch in self.droppable
         ]
         return sample_patterns(units, rate, self.granularity, PATTERNS)
+
+    # ---- pictures --------------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        path: str | Path,
+        *,
+        layer: str | None = None,
+        dropped: Collection[int | str] = (),
+        detail: bool = False,
+    ) -> None:
+        """Draw a layer's joint graph, forward and backward side by side, each branch a colour, pruned nodes hollow.
+
+        Args:
+            path: ends in .svg, .png or .pdf (these need Graphviz), or .dot (text).
+            layer: ``ExplainedBranch.layer`` of the layer to draw; the first one with a droppable branch if not given.
+            dropped: the pattern, by index or name; branches of other layers do not matter.
+            detail: also show operators that only move data (views, transposes, casts).
+
+        Raises:
+            ImportError: pydot is not installed.
+            KeyError: there is no such layer or branch.
+            ValueError: nothing can be drawn: no branch is droppable, or the path has another ending.
+            RuntimeError: Graphviz is not installed.
+        """
+        from dropbp_fx.inspect import draw
+
+        draw.render(*self._picture(layer, dropped, detail), Path(path))
+
+    def to_svg(self, *, layer: str | None = None, dropped: Collection[int | str] = (), detail: bool = False) -> str:
+        """What :meth:`draw` draws, as SVG text to put into a page."""
+        from dropbp_fx.inspect import draw
+
+        return draw.svg(*self._picture(layer, dropped, detail))
+
+    def layers(self) -> tuple[str, ...]:
+        """The layers that hold a droppable branch, in execution order."""
+        return tuple(dict.fromkeys(branch.layer for branch in self.droppable))
+
+    def _picture(
+        self, layer: str | None, dropped: Collection[int | str], detail: bool
+    ) -> tuple[GraphView, dict[int, str], str]:
+        from dropbp_fx.inspect.graph_view import view_layer
+
+        layers = self.layers()
+        if not layers:
+            raise ValueError(f"{self.model} has no droppable branch, so there is no pruned graph to draw.")
+        layer = layers[0] if layer is None else layer
+        if layer not in layers:
+            raise KeyError(
+                f"There is no layer {layer!r} with a droppable branch; the first ones are {', '.join(layers[:3])}."
+            )
+        mine = [branch for branch in self.droppable if branch.layer == layer]
+        graph = self._graphs[mine[0].graph]
+        mine = [branch for branch in mine if branch.graph == mine[0].graph]
+        chosen = {self.branch(item).index for item in dropped}
+        numbers = {number for number, index in enumerate(graph.indices) if index in chosen}
+        view = view_layer(graph, sorted({branch.region for branch in mine}), numbers, detail=detail)
+        gone = [branch.name for branch in mine if branch.index in chosen]
+        title = f"{layer}: " + (f"{', '.join(gone)} dropped" if gone else "nothing dropped")
+        return view, {branch.index: branch.name for branch in mine}, title
+
+    def draw_heatmap(self, path: str | Path, value: str = "backward_flops") -> None:
+        """Draw a heat map of layers x branches to an image file.
+
+        Args:
+            path: an image file of a format that matplotlib writes.
+            value: "rate", "sensitivity", "forward_flops", "backward_flops", "saved_bytes" or "parameters".
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: there is no such value, or none is known.
+        """
+        from dropbp_fx.inspect import heatmap
+
+        heatmap.draw(self, Path(path), value)
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
