@@ -129,7 +129,7 @@ def _clean(path: str) -> str:
         if root not in _FRAME_ROOTS:
             path = f"{root}{path}"
     path = _INDEX.sub(r".\1", path)
-    for internal in ("._modules", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+    for internal in ("._modules", ".__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
         path = path.replace(internal, "")
     return re.sub(r"\.{2,}", ".", path).strip(".")
 

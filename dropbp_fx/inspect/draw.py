@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ _NEUTRAL = "#8a8f98"
 _FORMATS = ("svg", "png", "pdf")
 
 
-def render(view: GraphView, names: Mapping[int, str], title: str, path: Path) -> None:
+def render(view: GraphView, names: Mapping[int, str], title: str, path: Path, *, detail: bool = False) -> None:
     """Write the picture to ``path``, in the format its ending says: .svg, .png, .pdf, or .dot for the text.
 
     Args:
@@ -24,6 +25,7 @@ def render(view: GraphView, names: Mapping[int, str], title: str, path: Path) ->
         names: by branch index; what the legend calls it. The order gives the colours.
         title: goes above the picture.
         path: where to.
+        detail: also draw edges from the forward to the backward: what is saved.
 
     Raises:
         ImportError: pydot is not installed.
@@ -35,21 +37,21 @@ def render(view: GraphView, names: Mapping[int, str], title: str, path: Path) ->
         raise ValueError(
             f"A graph is drawn as .svg, .png, .pdf or .dot, not {path.suffix!r}. Change the ending of {path.name!r}."
         )
-    graph = _pydot_graph(view, names, title)
+    graph = _pydot_graph(view, names, title, detail)
     if kind == "dot":
         path.write_text(graph.to_string(), encoding="utf-8")
         return
     path.write_bytes(_layout(graph, kind))
 
 
-def svg(view: GraphView, names: Mapping[int, str], title: str) -> str:
+def svg(view: GraphView, names: Mapping[int, str], title: str, *, detail: bool = False) -> str:
     """The picture as SVG text, without an XML header, to put into a page.
 
     Raises:
         ImportError: pydot is not installed.
         RuntimeError: Graphviz is not installed.
     """
-    text = _layout(_pydot_graph(view, names, title), "svg").decode()
+    text = _layout(_pydot_graph(view, names, title, detail), "svg").decode()
     return text[text.index("<svg") :]
 
 
@@ -62,7 +64,7 @@ def _layout(graph: Any, kind: str) -> bytes:
     return bytes(graph.create(prog="dot", format=kind))
 
 
-def _pydot_graph(view: GraphView, names: Mapping[int, str], title: str) -> Any:
+def _pydot_graph(view: GraphView, names: Mapping[int, str], title: str, detail: bool) -> Any:
     try:
         import pydot
     except ImportError as error:
@@ -97,9 +99,11 @@ def _pydot_graph(view: GraphView, names: Mapping[int, str], title: str) -> Any:
     for node in view.nodes:
         sides[node.backward].add_node(pydot.Node(node.key, **_style(node, colour, names)))
     for cluster in sides.values():
-        graph.add_subgraph(cluster)
+        graph.add_subgraph(cluster)  # type: ignore[arg-type]
     found = {node.key: node for node in view.nodes}
     for source, target in view.edges:
+        if found[source].backward != found[target].backward and not detail:
+            continue  # what is saved has a double border instead
         graph.add_edge(pydot.Edge(source, target, **_edge_style(found[source], found[target])))
     graph.add_subgraph(_legend(pydot, names, colour))
     return graph
@@ -117,6 +121,8 @@ def _style(node: ViewNode, colour: Mapping[int, str], names: Mapping[int, str]) 
     }
     if node.pruned:
         return {**style, "style": '"dashed,rounded"', "fontcolor": f'"{own}"', "fillcolor": '"none"'}
+    if node.saved:
+        style["peripheries"] = "2"
     if node.kind == "gate":
         style["shape"] = "diamond"
         style["style"] = "filled"
@@ -158,4 +164,17 @@ def _legend(pydot: Any, names: Mapping[int, str], colour: Mapping[int, str]) -> 
             fontcolor=f'"{_NEUTRAL}"',
         )
     )
+    legend.add_node(
+        pydot.Node(
+            "legend_saved",
+            label='"saved for the backward"',
+            peripheries="2",
+            fillcolor=f'"{_NEUTRAL}"',
+            color=f'"{_NEUTRAL}"',
+            fontcolor='"white"',
+        )
+    )
+    keys = [node.get_name() for node in legend.get_nodes()]
+    for above, below in itertools.pairwise(keys):
+        legend.add_edge(pydot.Edge(above, below, style="invis"))
     return legend

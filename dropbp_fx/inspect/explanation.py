@@ -232,7 +232,7 @@ class Explanation:
             path: ends in .svg, .png or .pdf (these need Graphviz), or .dot (text).
             layer: ``ExplainedBranch.layer`` of the layer to draw; the first one with a droppable branch if not given.
             dropped: the pattern, by index or name; branches of other layers do not matter.
-            detail: also show operators that only move data (views, transposes, casts).
+            detail: also show operators that only move data (views, transposes, casts), and edges to what reads saved values.
 
         Raises:
             ImportError: pydot is not installed.
@@ -242,13 +242,13 @@ class Explanation:
         """
         from dropbp_fx.inspect import draw
 
-        draw.render(*self._picture(layer, dropped, detail), Path(path))
+        draw.render(*self._picture(layer, dropped, detail), Path(path), detail=detail)
 
     def to_svg(self, *, layer: str | None = None, dropped: Collection[int | str] = (), detail: bool = False) -> str:
         """What :meth:`draw` draws, as SVG text to put into a page."""
         from dropbp_fx.inspect import draw
 
-        return draw.svg(*self._picture(layer, dropped, detail))
+        return draw.svg(*self._picture(layer, dropped, detail), detail=detail)
 
     def layers(self) -> tuple[str, ...]:
         """The layers that hold a droppable branch, in execution order."""
@@ -291,6 +291,22 @@ class Explanation:
         from dropbp_fx.inspect import heatmap
 
         heatmap.draw(self, Path(path), value)
+
+    def save_html(self, path: str | Path, *, layer: str | None = None) -> None:
+        """Write one self-contained page: summary, a rate slider that shows predicted cost and memory, the branches, a heat
+        map, and the joint graph of a layer with its variants to switch between (where Graphviz is installed).
+
+        Args:
+            path: where to.
+            layer: the layer whose graph is shown; the first one with a droppable branch if not given.
+
+        Raises:
+            ImportError: jinja2 or pydot is not installed.
+            KeyError: there is no such layer.
+        """
+        from dropbp_fx.inspect import report
+
+        Path(path).write_text(report.html(self, layer), encoding="utf-8")
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import fx
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.graph.gate import GATE, GATE_BACKWARD
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
+from dropbp_fx.graph.regions import Region
 from dropbp_fx.runtime.captured import CapturedGraph
 
 #: Operators that move or relabel data and compute nothing: a picture without detail leaves them out.
@@ -24,6 +25,8 @@ _MOVES = frozenset(
         *("slice_backward", "select_backward", "view_copy", "lift_fresh_copy"),
     }
 )
+
+_VIEWS = _MOVES - {"clone", "_to_copy", "contiguous"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class ViewNode:
         pruned: whether the pattern removes it.
         shape: of its value, as text.
         flops: its operations.
-        kind: "operator", "gate", "input" or "output".
+        kind: "operator", "gate" or "input".
+        saved: whether the backward reads it, in this pattern.
     """
 
     key: str
@@ -49,6 +53,7 @@ class ViewNode:
     shape: str
     flops: int
     kind: str
+    saved: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +67,11 @@ class GraphView:
 def view_layer(
     graph: CapturedGraph, regions: Sequence[int], dropped: Collection[int], *, detail: bool = False
 ) -> GraphView:
-    """The joint graphs of ``regions`` (positions in the program, ascending), joined where one hands a value to the next.
+    """The joint graphs of some regions, joined where one hands a value to the next.
 
     Args:
+        graph: the graph that the regions are of.
+        regions: their positions in the program, ascending.
         dropped: numbers, within ``graph``, of the branches that the pattern drops.
         detail: also show operators that only move data.
     """
@@ -78,7 +85,7 @@ def view_layer(
         joint = graph.variants[position].joint
         if joint is None:
             continue
-        part = _Part(f"r{position}_", joint, region.branches, graph.indices, dropped, detail)
+        part = _Part(f"r{position}_", joint, region, graph.indices, dropped, detail)
         nodes += part.nodes
         edges += part.edges
         for number, slot in enumerate(region.inputs):
@@ -106,20 +113,19 @@ class _Part:
         self,
         prefix: str,
         joint: fx.GraphModule,
-        branches: Sequence[int],
+        region: Region,
         indices: Sequence[int],
         dropped: Collection[int],
         detail: bool,
     ) -> None:
-        self._prefix = prefix
-        self._joint = joint
-        labels = range(len(branches))
+        self._streams = region.streams
+        labels = range(len(region.branches))
         carriers = gradient_carriers(joint.graph)
-        gone = _pruned(joint, {label for label in labels if branches[label] in dropped})
+        gone, left = _pruned(joint, {label for label in labels if region.branches[label] in dropped})
         owner: dict[fx.Node, int] = {}
         for label in labels:
-            for node in (*_leading_to(joint, label), *_pruned(joint, {label})):
-                owner.setdefault(node, indices[branches[label]])
+            for node in (*_leading_to(joint, label), *_pruned(joint, {label})[0]):
+                owner.setdefault(node, indices[region.branches[label]])
         (output,) = (node for node in joint.graph.nodes if node.op == "output")
         outputs = list(_flat(output.args))
         self._tangents = [n for n in joint.graph.nodes if n.op == "placeholder" and n in carriers]
@@ -127,8 +133,10 @@ class _Part:
         forward = [n for n in outputs if not isinstance(n, fx.Node) or n not in carriers]
         split = next((i for i, n in enumerate(outputs) if isinstance(n, fx.Node) and n in carriers), len(outputs))
         self._outputs = outputs[: len(output.args[0][0])] if _nested(output) else forward
-        self._gradients = outputs[len(self._outputs) :] if _nested(output) else outputs[split:]
-        ends = {n for n in (*self._outputs, *self._gradients) if isinstance(n, fx.Node)}
+        gradients = outputs[len(self._outputs) :] if _nested(output) else outputs[split:]
+        self._gradients = left[len(self._outputs) :]
+        ends = {n for n in (*self._outputs, *gradients) if isinstance(n, fx.Node)}
+        using = {node for node in carriers - gone if node.op != "output"}
         self._shown: dict[fx.Node, str] = {}
         self.nodes: list[ViewNode] = []
         for node in joint.graph.nodes:
@@ -138,13 +146,14 @@ class _Part:
             self.nodes.append(
                 ViewNode(
                     key=self._shown[node],
-                    label=_label(node, carriers),
+                    label=self._label(node, carriers),
                     backward=node in carriers,
                     branch=owner.get(node),
                     pruned=node in gone,
                     shape=_shape(node.meta.get("val")),
                     flops=node_flops(node),
                     kind=_kind(node),
+                    saved=node not in carriers and any(user in using for user in _readers(node)),
                 )
             )
         self.edges = [(self._shown[p], self._shown[node]) for node in self._shown for p in self._sources(node)]
@@ -157,15 +166,18 @@ class _Part:
         return not detail and _name(node) in _MOVES
 
     def _is_stream(self, node: fx.Node) -> bool:
-        """Whether an input is an activation that a gradient flows through: no parameter, no mask."""
-        number = self._inputs.index(node)
+        """Whether an input is an activation: no parameter, no mask, no vector."""
         value = node.meta.get("val")
-        return (
-            isinstance(value, torch.Tensor)
-            and value.ndim > 2
-            and value.is_floating_point()
-            and number < len(self._inputs)
-        )
+        return isinstance(value, torch.Tensor) and value.ndim > 1 and self._inputs.index(node) in self._streams
+
+    def _label(self, node: fx.Node, carriers: set[fx.Node]) -> str:
+        if node.op == "placeholder":
+            return "gradient in" if node in carriers else "stream in"
+        if node.target is GATE:
+            return "gate"
+        if node.target is GATE_BACKWARD:
+            return "gate's gradient"
+        return _name(node).removeprefix("_").replace("scaled_dot_product", "sdpa")
 
     def _sources(self, node: fx.Node) -> Iterable[fx.Node]:
         """The shown nodes that ``node`` reads, looking through hidden ones."""
@@ -229,23 +241,43 @@ def _flat(value: Any) -> Iterable[Any]:
         yield value
 
 
-def _pruned(joint: fx.GraphModule, labels: Collection[int]) -> set[fx.Node]:
-    """The nodes that dropping the gates ``labels`` removes, gates of other labels not counted."""
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """What reads the memory of ``node``: its users, and those of what only views it."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found.add(user)
+                if _name(user) in _VIEWS:
+                    pending.append(user)
+    return found
+
+
+def _pruned(joint: fx.GraphModule, labels: Collection[int]) -> tuple[set[fx.Node], list[fx.Node | None]]:
+    """The nodes that dropping the gates ``labels`` removes, and what is left of the outputs, gates looked through.
+
+    Dead nodes and gates, which every variant loses, do not count as removed.
+    """
+    left, outputs = _survivors(joint, labels)
+    always, _ = _survivors(joint, ())
+    gone = {
+        node
+        for node in joint.graph.nodes
+        if node not in left and (node in always or (node.target is GATE_BACKWARD and node.args[1] in labels))
+    }
+    return gone, outputs
+
+
+def _survivors(joint: fx.GraphModule, labels: Collection[int]) -> tuple[set[fx.Node], list[fx.Node | None]]:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(joint.graph, copies))
+    originals = {copied: node for node, copied in copies.items()}
     prune_joint_graph(graph, labels)
-    left = set(graph.nodes)
-    base = fx.Graph()
-    twins: dict[fx.Node, fx.Node] = {}
-    base.output(base.graph_copy(joint.graph, twins))
-    prune_joint_graph(base, ())
-    always = set(base.nodes)
-    return {
-        node
-        for node, copied in copies.items()
-        if copied not in left and (twins[node] in always or (node.target is GATE_BACKWARD and node.args[1] in labels))
-    }
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    outputs = [originals.get(item) if isinstance(item, fx.Node) else None for item in _flat(output.args)]
+    return {originals[node] for node in graph.nodes if node in originals}, outputs
 
 
 def _leading_to(joint: fx.GraphModule, label: int) -> set[fx.Node]:
@@ -277,16 +309,6 @@ def _name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket).rpartition(".")[2]
     return str(getattr(node.target, "__name__", node.target))
-
-
-def _label(node: fx.Node, carriers: set[fx.Node]) -> str:
-    if node.op == "placeholder":
-        return "gradient in" if node in carriers else "stream in"
-    if node.target is GATE:
-        return "gate"
-    if node.target is GATE_BACKWARD:
-        return "gate's gradient"
-    return _name(node).removeprefix("_").replace("scaled_dot_product", "sdpa")
 
 
 def _kind(node: fx.Node) -> str:
