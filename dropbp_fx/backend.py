@@ -122,14 +122,15 @@ class DropBPBackend:
 
     def _capture(self, gm: fx.GraphModule, compiler: Compiler, *, whole: bool = False) -> CapturedGraph | None:
         """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
-        dropped is ``None``, or with ``whole`` one region; it is left as it was in the first case.
+        dropped is ``None`` and left as it was; with ``whole``, for an explanation, it is one region and no warning is due.
         """
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         met, droppable = self._meet(gm, search.branches)
-        self._report_absence(gm, search.branches)
+        if not whole:
+            self._report_absence(gm, search.branches)
         if not droppable and not whole:
             return None
         facts = {

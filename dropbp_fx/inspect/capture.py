@@ -85,6 +85,7 @@ def _leave(*_arguments: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)  # what Dynamo wraps says only that a backend failed
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return line if line.endswith(".") else f"{line}."
 

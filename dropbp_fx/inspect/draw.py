@@ -117,7 +117,7 @@ def _style(node: ViewNode, colour: Mapping[int, str], names: Mapping[int, str]) 
         "label": f'"{label}"',
         "color": f'"{own}"',
         "tooltip": f'"{node.label}{where} {node.shape}{" (pruned)" if node.pruned else ""}"',
-        "class": f'"node-{"pruned" if node.pruned else "kept"}"',
+        "class": f'"{"pruned" if node.pruned else "kept"}"',
     }
     if node.pruned:
         return {**style, "style": '"dashed,rounded"', "fontcolor": f'"{own}"', "fillcolor": '"none"'}

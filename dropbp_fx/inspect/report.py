@@ -42,12 +42,13 @@ def html(explanation: Explanation, layer: str | None = None) -> str:
 
     predictions = [explanation.predict(rate) for rate in RATES]
     graphs, no_graph = _graphs(explanation, layer)
+    headers, rows = tables.shown_columns(explanation)
     return environment.get_template("report.html.j2").render(
         explanation=explanation,
         headline=tables.headline(explanation),
         footnote=tables.footnote(explanation),
-        headers=tables.BRANCH_HEADERS,
-        rows=tables.branch_rows(explanation),
+        headers=headers,
+        rows=rows,
         quantity=tables.quantity,
         cost_points=_points([prediction.relative_cost for prediction in predictions]),
         memory_points=_points([prediction.relative_memory for prediction in predictions]),

@@ -117,16 +117,20 @@ def branch_rows(explanation: Explanation) -> list[list[str]]:
     return rows
 
 
+def shown_columns(explanation: Explanation) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the branches without the columns that say nothing for this model."""
+    rows = branch_rows(explanation)
+    shown = [column for column in range(len(BRANCH_HEADERS)) if any(row[column] for row in rows)]
+    return [BRANCH_HEADERS[column] for column in shown], [[row[column] for column in shown] for row in rows]
+
+
 def branch_table(explanation: Explanation, style: str = "simple") -> str:
     """The branches, those of identical layers merged; columns that say nothing for this model are left out."""
-    rows = branch_rows(explanation)
+    headers, rows = shown_columns(explanation)
     if not rows:
         return "No residual branch was found."
-    shown = [column for column in range(len(BRANCH_HEADERS)) if any(row[column] for row in rows)]
-    table = [[row[column] for column in shown] for row in rows]
-    align = ["left" if BRANCH_HEADERS[column] in ("branch", "kind") else "right" for column in shown]
-    headers = [BRANCH_HEADERS[column] for column in shown]
-    return tabulate(table, headers, tablefmt=style, colalign=align, disable_numparse=True)
+    align = ["left" if header in ("branch", "kind") else "right" for header in headers]
+    return tabulate(rows, headers, tablefmt=style, colalign=align, disable_numparse=True)
 
 
 def prediction_table(explanation: Explanation, style: str = "simple") -> str:
