@@ -9,7 +9,7 @@ from dropbp_fx.backend import BackendStats, DropBPBackend, NoResidualBranchWarni
 from dropbp_fx.policy.branches import Branch
 
 if TYPE_CHECKING:
-    from dropbp_fx.inspect import Explanation, explain
+    from dropbp_fx.inspect import Explanation, dump_graphs, explain
 
 __all__ = [
     "BackendStats",
@@ -19,11 +19,12 @@ __all__ = [
     "NoResidualBranchWarning",
     "__version__",
     "dropbp_backend",
+    "dump_graphs",
     "explain",
 ]
 __version__ = "0.1.0"
 
-_INSPECTION = frozenset({"Explanation", "explain"})
+_INSPECTION = frozenset({"Explanation", "dump_graphs", "explain"})
 
 
 def __getattr__(name: str) -> Any:

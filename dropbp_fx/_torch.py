@@ -14,6 +14,7 @@ uses public APIs and the functions below.
 | ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
 | ``torch._dynamo`` code tracker, ``reset_code``, counters | an explanation leaves Dynamo's caches as they were |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
@@ -417,6 +418,20 @@ def checkpoint_operator() -> Any:
     return torch.ops.higher_order.tag_activation_checkpoint
 
 
+def structured_trace_is_on() -> bool:
+    """Whether somebody reads PyTorch's structured trace: ``TORCH_TRACE`` is set, or a handler was added."""
+    from torch._logging import _internal
+
+    return any(getattr(handler, "root_dir", "elsewhere") is not None for handler in _internal.trace_log.handlers)
+
+
+def structured_trace_artifact(name: str, text: str) -> None:
+    """Put a text into PyTorch's structured trace, where tlparse finds it."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
 #: Private hooks by module and attribute, for ``dropbp-fx doctor``.
 _HOOKS = (
     ("torch._inductor.compile_fx", "compile_fx"),
@@ -433,6 +448,7 @@ _HOOKS = (
     ("torch._dispatch.python", "enable_python_dispatcher"),
     ("torch._functorch.config", "force_non_lazy_backward_lowering"),
     ("torch._guards", "TracingContext"),
+    ("torch._logging._internal", "trace_structured"),
     ("torch._subclasses.fake_tensor", "FakeCopyMode"),
     ("torch._C", "_current_graph_task_id"),
     ("functorch.compile", "min_cut_rematerialization_partition"),

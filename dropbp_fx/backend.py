@@ -28,6 +28,7 @@ from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regi
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
 from dropbp_fx.runtime.dispatch import RegionRunner
@@ -139,9 +140,13 @@ class DropBPBackend:
         }
         branches = [search.branches[position] for position in droppable]
         program = split_into_regions(gm, branches, insert_gates(branches))
+        names = [met[position].name for position in droppable]
+        variants = self._variants_of(program, compiler, names)
+        if artifacts.wanted():
+            self._show(gm, program, variants, names)
         return CapturedGraph(
             program=program,
-            variants=self._variants_of(program, compiler),
+            variants=variants,
             indices=tuple(met[position].index for position in droppable),
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
@@ -194,11 +199,28 @@ class DropBPBackend:
             raise ValueError(message)
         warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
 
-    def _variants_of(self, program: RegionProgram, compiler: Compiler) -> tuple[RegionVariants, ...]:
+    def _show(
+        self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
+    ) -> None:
+        """Hand on the gated graph and its regions."""
+        folder = f"graph{len(self._state.graphs)}"
+        artifacts.emit(f"{folder}/dynamo.py", gm.print_readable(print_output=False))
+        lines = [
+            f"region {number}: {', '.join(names[branch] for branch in region.branches) or 'no branch'}; code of {own.name}"
+            for number, (region, own) in enumerate(zip(program.regions, variants, strict=True))
+        ]
+        artifacts.emit(f"{folder}/regions.txt", "\n".join(lines) + "\n")
+        for region, own in zip(program.regions, variants, strict=True):
+            if own.name.startswith(f"{folder}/"):
+                artifacts.emit(f"{own.name}/region.py", region.gm.print_readable(print_output=False))
+
+    def _variants_of(
+        self, program: RegionProgram, compiler: Compiler, names: Sequence[str]
+    ) -> tuple[RegionVariants, ...]:
         fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
         dynamic = program.has_symbols
         variants: list[RegionVariants] = []
-        for region in program.regions:
+        for number, region in enumerate(program.regions):
             key = (
                 structural_key(region.gm, region.examples, region.streams),
                 region.streams,
@@ -206,7 +228,9 @@ class DropBPBackend:
                 id(fake_mode) if dynamic else None,  # symbols mean something within one trace only
             )
             if key not in self._state.variants:
-                self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
+                mine = [names[branch] for branch in region.branches]
+                name = f"graph{len(self._state.graphs)}/region{number:02d}_{'+'.join(mine) or 'no_branch'}"
+                self._state.variants[key] = RegionVariants(region, fake_mode, compiler, name, mine)
             variants.append(self._state.variants[key])
         return tuple(variants)
 

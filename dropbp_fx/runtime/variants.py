@@ -16,6 +16,7 @@ from dropbp_fx.graph.gate import GATE
 from dropbp_fx.graph.gradflow import GradientFlow
 from dropbp_fx.graph.prune import prune_pass
 from dropbp_fx.graph.regions import Region
+from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
 
 #: What a variant drops, in order: labels of branches; inputs that want no gradient; outputs that get none.
@@ -27,9 +28,14 @@ class RegionVariants:
 
     Attributes:
         flow: which inputs get gradients from which outputs, for any pattern.
+        name: a path that tells the region apart from others in what is written about it.
     """
 
-    def __init__(self, region: Region, fake_mode: Any, compiler: Compiler) -> None:
+    def __init__(
+        self, region: Region, fake_mode: Any, compiler: Compiler, name: str = "region", branches: Sequence[str] = ()
+    ) -> None:
+        self.name = name
+        self._branch_names = tuple(branches)
         self._gm = region.gm
         self._examples = region.examples
         self._streams = region.streams
@@ -55,6 +61,8 @@ class RegionVariants:
             with _torch.compile_lock():
                 compiled = self._compiled.get(key)
                 if compiled is None:
+                    if artifacts.wanted():
+                        self._show(key)
                     with self._tracing():
                         compiled = compile_variant()
                     self._compiled[key] = compiled
@@ -103,6 +111,37 @@ class RegionVariants:
                     return traced
             _remove_gates(gm)
             return _torch.trace_forward_graph(gm, self._inputs(None), decompositions)
+
+    def _show(self, key: VariantKey | None) -> None:
+        """Hand on the graphs that a variant is compiled from."""
+        joint = self.joint
+        if joint is not None:
+            artifacts.emit(f"{self.name}/joint.py", joint.print_readable(print_output=False))
+        decompositions = _torch.inductor_decompositions() if self._compiler.inner == "inductor" else None
+        folder, traced = f"{self.name}/{self._describe(key)}", self.trace(key, decompositions)
+        if isinstance(traced, fx.GraphModule):
+            artifacts.emit(f"{folder}/forward.py", traced.print_readable(print_output=False))
+            return
+        for stage in ("joint", "forward", "backward"):
+            graph = getattr(traced, stage)
+            artifacts.emit(f"{folder}/{stage}.py", graph.print_readable(print_output=False))
+
+    def _describe(self, key: VariantKey | None) -> str:
+        if key is None:
+            return "forward_only"
+        dropped, without_gradient, dead = key
+        names = [
+            self._branch_names[label] if label < len(self._branch_names) else str(label) for label in sorted(dropped)
+        ]
+        parts = ["drops_" + "+".join(names) if names else "keeps_all"]
+        inert = [str(k) for k in sorted(without_gradient) if self._wants_gradient(k)]
+        parts += ["inputs_without_gradient_" + "_".join(inert)] if inert else []
+        parts += ["dead_outputs_" + "_".join(map(str, sorted(dead)))] if dead else []
+        return "__".join(parts)
+
+    def _wants_gradient(self, index: int) -> bool:
+        example = self._examples[index]
+        return isinstance(example, torch.Tensor) and (example.requires_grad or index in self._streams)
 
     def _tracing(self) -> Any:
         return _torch.fresh_tracing_context(self._fake_mode)
