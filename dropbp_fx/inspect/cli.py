@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0 if healthy else 1
     try:
-        _explain(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations within transformers and peft are not the reader's business
+            _explain(arguments)
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         sentence = " ".join(str(error).split())
         print(f"dropbp-fx explain: error: {sentence}", file=sys.stderr)
