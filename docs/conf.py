@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent / "_ext"), str(Path(__file__).parent.parent)]
 
-import dropbp_fx
+import dropbp_fx  # noqa: E402
 
 project = "dropbp_fx"
 copyright = "the dropbp_fx authors"
@@ -32,3 +34,7 @@ autodoc_mock_imports: list[str] = []
 napoleon_google_docstring = True
 napoleon_use_ivar = True
 nitpicky = False
+
+# Sphinx turns logging on for every package; the atlas would list each branch it finds.
+logging.getLogger("dropbp_fx").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module="transformers|torch")

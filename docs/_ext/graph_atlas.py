@@ -13,7 +13,7 @@ takes a family of the test matrix; with ``:type:`` the argument is a Hugging Fac
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import families
 from docutils import nodes
@@ -29,7 +29,7 @@ class GraphAtlas(SphinxDirective):
 
     required_arguments = 1
     final_argument_whitespace = True
-    option_spec = {
+    option_spec: ClassVar[dict[str, Any]] = {
         "type": directives.flag,
         "set": directives.unchanged,
         "batch": directives.positive_int,
@@ -107,9 +107,12 @@ def _table(headers: list[str], rows: list[list[str]]) -> nodes.Node:
 
 def _folded(title: str, svg: str) -> nodes.Node:
     svg = re.sub(r' id="[^"]*"', "", svg)
-    svg = re.sub(r'<svg width="(\d+)pt" height="\d+pt"', r'<svg style="width:\1px;max-width:100%;height:auto"', svg, count=1)
+    svg = re.sub(
+        r'<svg width="(\d+)pt" height="\d+pt"', r'<svg style="width:\1px;max-width:100%;height:auto"', svg, count=1
+    )
     style = "<style>.atlas-graph text:not([fill]){fill:var(--color-foreground-primary)}</style>"
-    text = f'<details class="atlas-graph"><summary>{title}</summary>{style}<div style="overflow-x:auto">{svg}</div></details>'
+    body = f'{style}<div style="overflow-x:auto">{svg}</div>'
+    text = f'<details class="atlas-graph"><summary>{title}</summary>{body}</details>'
     return nodes.raw("", text, format="html")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def _one_or_range(column: Sequence[str]) -> str:
 def text(explanation: Explanation, style: str = "simple") -> str:
     """The tables of an explanation in one of tabulate's styles, with a line above and one below."""
     lines = [headline(explanation), "", branch_table(explanation, style), "", prediction_table(explanation, style)]
-    return "\n".join([*lines, "", footnote(explanation)])
+    return "\n".join([*lines, "", *textwrap.wrap(footnote(explanation), 120)])
 
 
 def headline(explanation: Explanation) -> str:
