@@ -7,6 +7,8 @@ DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
 TEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+# Processes that build the documentation; the atlas traces a model for each family.
+DOCS_JOBS ?= 2
 
 # OpenMP threads that wait sleep instead of spinning: on a machine with other work, spinning makes every step many times slower.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format bench clean ci
+.PHONY: help install demo test lint types format docs bench clean ci
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
@@ -49,6 +51,10 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_build/html
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html."
+
 bench: $(STAMP) ## compare with torch.compile and with dropping by hand (flags: BENCH_ARGS="--shape 1b", for a GPU)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
@@ -56,5 +62,5 @@ ci: ## what continuous integration runs, from scratch in a directory of its own
 	.ci/run
 
 clean: ## remove everything that the other targets made
-	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) outputs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

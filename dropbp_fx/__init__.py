@@ -1,5 +1,10 @@
 """DropBP as a ``torch.compile`` backend: fine-tune with residual branches dropped in the backward pass only."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dropbp_fx.backend import BackendStats, DropBPBackend, NoResidualBranchWarning, dropbp_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
@@ -8,10 +13,14 @@ from dropbp_fx.policy.ramps import Ramp, Steps
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Sensitivity
 
+if TYPE_CHECKING:
+    from dropbp_fx.inspect import Explanation, dump_graphs, explain
+
 __all__ = [
     "BackendStats",
     "Branch",
     "DropBPBackend",
+    "Explanation",
     "IndependentPattern",
     "NoResidualBranchWarning",
     "Pattern",
@@ -25,5 +34,16 @@ __all__ = [
     "__version__",
     "allocate",
     "dropbp_backend",
+    "dump_graphs",
+    "explain",
 ]
 __version__ = "0.1.0"
+
+_INSPECTION = frozenset({"Explanation", "dump_graphs", "explain"})
+
+
+def __getattr__(name: str) -> Any:
+    """Training imports nothing of the inspection until it is asked for."""
+    if name in _INSPECTION:
+        return getattr(importlib.import_module("dropbp_fx.inspect"), name)
+    raise AttributeError(f"module 'dropbp_fx' has no attribute {name!r}")

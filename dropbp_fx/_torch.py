@@ -8,10 +8,14 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
 | ``torch._functorch.config.donated_buffer`` | calibration runs a region's backward once for each branch above it |
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
+| ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
+| ``torch._dynamo`` code tracker, ``reset_code``, counters | an explanation leaves Dynamo's caches as they were |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
@@ -19,6 +23,7 @@ uses public APIs and the functions below.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -80,6 +85,73 @@ def fake_mode_of(values: Iterable[Any]) -> Any:
             names, _ = value.__tensor_flatten__()
             return fake_mode_of([getattr(value, name) for name in names])
     return None
+
+
+def new_fake_mode() -> Any:
+    """A mode whose tensors have sizes, strides and types but no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_copying(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Within the block ``copy.deepcopy`` makes fake copies of tensors."""
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    return cast("contextlib.AbstractContextManager[Any]", FakeCopyMode(fake_mode))
+
+
+def fake_twin(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
+    """A fake tensor (parameter) like ``tensor``, of its device, or the CPU where it is on the meta device."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        twin = fake_mode.from_tensor(tensor)
+        return cast("torch.Tensor", twin)
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    with fake_mode, torch.no_grad():
+        if tensor.layout is torch.strided:
+            data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        else:
+            data = torch.empty_like(tensor, device=device)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
+        return data.requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def isolated_dynamo() -> Iterator[None]:
+    """Compilations within the block leave nothing behind on the code objects that Dynamo meets there first, and count
+    neither in Dynamo's statistics nor in its random state.
+    """
+    from torch._dynamo import convert_frame, eval_frame
+    from torch._dynamo.utils import preserve_rng_state
+
+    before = {id(code) for code in _tracked_codes(convert_frame)}
+    try:
+        with preserve_rng_state(), _uncounted():
+            yield
+    finally:
+        for code in _tracked_codes(convert_frame):
+            if id(code) not in before:
+                eval_frame.reset_code(code)
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """What is traced to be looked at does not count in PyTorch's statistics of compilations."""
+    from torch._dynamo.utils import counters
+
+    counted = {name: collections.Counter(values) for name, values in counters.items()}
+    try:
+        yield
+    finally:
+        counters.clear()
+        for name, values in counted.items():
+            counters[name].update(values)
+
+
+def _tracked_codes(convert_frame: Any) -> list[Any]:
+    tracked = [*convert_frame.input_codes.seen, *convert_frame.output_codes.seen]
+    return [code for code in (reference() for reference in tracked) if code is not None]
 
 
 def joint_graph_pass(rewrite: JointPass, cache_key: str) -> Any:
@@ -193,12 +265,20 @@ def trace_joint_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModu
         found.append(joint)
         raise _Traced
 
-    _trace_until(gm, inputs, stop)
+    _trace_until(gm, inputs, partition=stop)
     return found[0] if found else None
 
 
-def trace_graphs(gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPass | None) -> TracedGraphs | None:
-    """The graphs of ``gm`` after ``joint_pass``, ``None`` where nothing in it requires a gradient."""
+def trace_graphs(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: JointPass | None,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> TracedGraphs | None:
+    """The graphs of ``gm`` after ``joint_pass``, ``None`` where nothing in it requires a gradient.
+
+    ``decompositions`` are applied while tracing, as a compiler does that has some: they decide what is saved.
+    """
     from functorch.compile import min_cut_rematerialization_partition
 
     found: list[TracedGraphs] = []
@@ -213,16 +293,51 @@ def trace_graphs(gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: JointPas
         found.append(TracedGraphs(joint, forward, backward, num_fwd_outputs))
         raise _Traced
 
-    _trace_until(gm, inputs, stop)
+    _trace_until(gm, inputs, partition=stop, decompositions=decompositions)
     return found[0] if found else None
 
 
-def _trace_until(gm: fx.GraphModule, inputs: Sequence[Any], stop: Callable[..., Any]) -> None:
+def trace_forward_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """The ATen graph of ``gm`` when no gradient is recorded."""
+    found: list[fx.GraphModule] = []
+
+    def stop(graph: fx.GraphModule, _inputs: Any) -> Any:
+        found.append(graph)
+        raise _Traced
+
+    with torch.no_grad():
+        _trace_until(gm, inputs, forward=stop, decompositions=decompositions)
+    return found[0]
+
+
+def _trace_until(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    forward: Callable[..., Any] | None = None,
+    partition: Callable[..., Any] | None = None,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> None:
+    from functorch.compile import default_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    backend = aot_autograd(fw_compiler=run_graph_eagerly, bw_compiler=run_graph_eagerly, partition_fn=stop)
-    with contextlib.suppress(_Traced):
+    backend = aot_autograd(
+        fw_compiler=forward or run_graph_eagerly,
+        bw_compiler=run_graph_eagerly,
+        partition_fn=partition or default_partition,
+        decompositions=decompositions,
+    )
+    with contextlib.suppress(_Traced), _uncounted():
         backend(gm, list(inputs))
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """What Inductor takes operators apart into before it partitions."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return cast("Mapping[Any, Callable[..., Any]]", select_decomp_table())
 
 
 def run_graph_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -328,6 +443,54 @@ def in_checkpoint_recomputation() -> bool:
 def checkpoint_operator() -> Any:
     """The higher-order operator Dynamo puts around a layer under activation checkpointing."""
     return torch.ops.higher_order.tag_activation_checkpoint
+
+
+def structured_trace_is_on() -> bool:
+    """Whether somebody reads PyTorch's structured trace: ``TORCH_TRACE`` is set, or a handler was added."""
+    from torch._logging import _internal
+
+    return any(getattr(handler, "root_dir", "elsewhere") is not None for handler in _internal.trace_log.handlers)
+
+
+def structured_trace_artifact(name: str, text: str) -> None:
+    """Put a text into PyTorch's structured trace, where tlparse finds it."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+#: Private hooks by module and attribute, for ``dropbp-fx doctor``.
+_HOOKS = (
+    ("torch._inductor.compile_fx", "compile_fx"),
+    ("torch._inductor.custom_graph_pass", "CustomGraphPass"),
+    ("torch._inductor.config", "joint_custom_pre_pass"),
+    ("torch._inductor.decomposition", "select_decomp_table"),
+    ("torch._dynamo.backends.common", "aot_autograd"),
+    ("torch._dynamo.convert_frame", "compile_lock"),
+    ("torch._dynamo.convert_frame", "input_codes"),
+    ("torch._dynamo.eval_frame", "reset_code"),
+    ("torch._dynamo.guards", "install_guard"),
+    ("torch._dynamo.source", "AttrSource"),
+    ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    ("torch._dispatch.python", "enable_python_dispatcher"),
+    ("torch._functorch.config", "force_non_lazy_backward_lowering"),
+    ("torch._guards", "TracingContext"),
+    ("torch._logging._internal", "trace_structured"),
+    ("torch._subclasses.fake_tensor", "FakeCopyMode"),
+    ("torch._C", "_current_graph_task_id"),
+    ("functorch.compile", "min_cut_rematerialization_partition"),
+)
+
+
+def hooks() -> dict[str, bool]:
+    """For each private hook whether this PyTorch has it."""
+    found: dict[str, bool] = {}
+    for module, attribute in _HOOKS:
+        try:
+            found[f"{module}.{attribute}"] = hasattr(importlib.import_module(module), attribute)
+        except ImportError:
+            found[f"{module}.{attribute}"] = False
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -25,8 +25,9 @@ from dropbp_fx.graph.branches import (
     normalise_inplace_adds,
 )
 from dropbp_fx.graph.copying import copy_graph_module
+from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.naming import ModuleTree, name_branches
-from dropbp_fx.graph.regions import insert_gates, split_into_regions
+from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
@@ -35,7 +36,9 @@ from dropbp_fx.policy.ranks import agreed
 from dropbp_fx.policy.rates import Rates, RateView
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
+from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.calibration import Calibration, calibrate
+from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.observation import Observation, Observer
@@ -82,8 +85,10 @@ class _State:
     counts: CompileCounts
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
+    graphs: list[CapturedGraph]
     modules: ModuleTree
     observer: Observer
+    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
     calibration: Calibration | None = None
     calibrating_thread: int = 0
 
@@ -103,7 +108,7 @@ class _State:
             total_forwards=config.total_forwards,
             reallocate_every=config.reallocate_every,
         )
-        return cls(schedule, CompileCounts(), {}, [], ModuleTree(), Observer(schedule))
+        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -127,6 +132,8 @@ class _GraphPolicy:
         self.state.observer.reallocate_if_due()
         schedule = self.state.schedule
         dropped = schedule.draw(self.indices)
+        for listen in self.state.listeners:
+            listen(self.indices, dropped)
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
         return Drawn(local, schedule.scales(self.indices))
 
@@ -170,6 +177,19 @@ class DropBPBackend:
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
         compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        graph = self._capture(gm, compiler)
+        if graph is None:
+            compiled = compiler.whole(gm, example_inputs)
+            compiler.counts.graphs += 1
+            return compiled
+        runner = self._runner(graph)
+        compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
+        return runner
+
+    def _capture(self, gm: fx.GraphModule, compiler: Compiler, *, whole: bool = False) -> CapturedGraph | None:
+        """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
+        dropped is ``None`` and left as it was; with ``whole``, for an explanation, it is one region and no warning is due.
+        """
         if self._config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
         normalise_inplace_adds(gm)
@@ -177,21 +197,34 @@ class DropBPBackend:
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         met, droppable = self._meet(gm, search.branches)
-        self._report_absence(gm, search.branches)
-        if not droppable:
-            compiled = compiler.whole(gm, example_inputs)
-            compiler.counts.graphs += 1
-            return compiled
+        if not whole:
+            self._report_absence(gm, search.branches)
+        if not droppable and not whole:
+            return None
+        facts = {
+            branch.index: describe_branch(found, _parameters_of(found))
+            for branch, found in zip(met, search.branches, strict=True)
+        }
         branches = [search.branches[position] for position in droppable]
-        indices = [met[position].index for position in droppable]
-        runner = self._compile_regions(gm, branches, indices, compiler)
-        compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
-        return runner
+        gates = insert_gates(gm, branches, drop=self._config.drop, rescale=self._config.rescale)
+        program = split_into_regions(gm, branches, gates)
+        names = [met[position].name for position in droppable]
+        variants = self._variants_of(program, compiler, names)
+        if artifacts.wanted():
+            self._show(gm, program, variants, names)
+        return CapturedGraph(
+            program=program,
+            variants=variants,
+            indices=tuple(met[position].index for position in droppable),
+            facts=facts,
+            rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
+        )
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""
         self._state.variants.clear()
         self._state.runners.clear()
+        self._state.graphs.clear()
 
     def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[list[Branch], list[int]]:
         """Enter the graph's branches into the table; tell which of them this graph may drop."""
@@ -234,25 +267,28 @@ class DropBPBackend:
             raise ValueError(message)
         warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
 
-    def _compile_regions(
-        self,
-        gm: fx.GraphModule,
-        branches: Sequence[ResidualBranch],
-        indices: Sequence[int],
-        compiler: Compiler,
-    ) -> RegionRunner:
-        program = split_into_regions(
-            gm, branches, insert_gates(gm, branches, drop=self._config.drop, rescale=self._config.rescale)
-        )
+    def _show(
+        self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
+    ) -> None:
+        """Hand on the gated graph and its regions."""
+        folder = f"graph{len(self._state.graphs)}"
+        artifacts.emit(f"{folder}/dynamo.py", gm.print_readable(print_output=False))
+        lines = [
+            f"region {number}: {', '.join(names[branch] for branch in region.branches) or 'no branch'}; code of {own.name}"
+            for number, (region, own) in enumerate(zip(program.regions, variants, strict=True))
+        ]
+        artifacts.emit(f"{folder}/regions.txt", "\n".join(lines) + "\n")
+        for region, own in zip(program.regions, variants, strict=True):
+            if own.name.startswith(f"{folder}/"):
+                artifacts.emit(f"{own.name}/region.py", region.gm.print_readable(print_output=False))
+
+    def _variants_of(
+        self, program: RegionProgram, compiler: Compiler, names: Sequence[str]
+    ) -> tuple[RegionVariants, ...]:
         fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
-        dynamic = any(
-            isinstance(size, torch.SymInt)
-            for region in program.regions
-            for value in region.examples
-            for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-        )
+        dynamic = program.has_symbols
         variants: list[RegionVariants] = []
-        for region in program.regions:
+        for number, region in enumerate(program.regions):
             key = (
                 structural_key(region.gm, region.examples, region.streams),
                 region.streams,
@@ -260,16 +296,23 @@ class DropBPBackend:
                 id(fake_mode) if dynamic else None,  # symbols mean something within one trace only
             )
             if key not in self._state.variants:
-                self._state.variants[key] = RegionVariants(region, fake_mode, compiler)
+                mine = [names[branch] for branch in region.branches]
+                name = f"graph{len(self._state.graphs)}/region{number:02d}_{'+'.join(mine) or 'no_branch'}"
+                self._state.variants[key] = RegionVariants(region, fake_mode, compiler, name, mine)
             variants.append(self._state.variants[key])
-        for region, variant in zip(program.regions, variants, strict=True):
+        return tuple(variants)
+
+    def _runner(self, graph: CapturedGraph) -> RegionRunner:
+        schedule = self._state.schedule
+        for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
                 saved = variant.gradient_flops() - variant.gradient_flops(frozenset({label}))
-                self._state.schedule.branches[indices[branch]].backward_flops = saved
-        self._state.schedule.assign()
-        runner = RegionRunner(program, variants, _GraphPolicy(self._state, tuple(indices)))
+                schedule.branches[graph.indices[branch]].backward_flops = saved
+        schedule.assign()
+        runner = RegionRunner(graph.program, graph.variants, _GraphPolicy(self._state, graph.indices))
         self._state.runners.append(runner)
-        if dynamic:
+        self._state.graphs.append(graph)
+        if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
 

@@ -16,6 +16,7 @@ from dropbp_fx.policy.rates import Allocation
 from dropbp_fx.policy.schedule import Granularity
 from dropbp_fx.runtime.compiler import InnerCompiler
 
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 _INNER_NAMES = ("inductor", "aot_eager")
 
 

@@ -8,7 +8,7 @@ else, which is bound by memory, does not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from dropbp_fx.graph.branches import storage_of
+from dropbp_fx.graph.gate import GATE
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
 
 #: Operators whose formula a release may lack, and one of the same leading arguments and cost.
@@ -66,21 +68,79 @@ def node_flops(node: fx.Node) -> int:
     return int(formula(*arguments, **keywords, out_val=_sizes(node.meta.get("val"))))
 
 
-def saved_bytes(forward: fx.GraphModule, outputs: int) -> int:
-    """Bytes that a partitioned forward graph hands to its backward, parameters and other graph inputs not counted.
+@dataclasses.dataclass(frozen=True)
+class SavedValues:
+    """What a partitioned forward graph hands to its backward, by memory: views of one piece of memory count once.
 
-    Args:
-        forward: a forward graph as a partitioner makes it: its own outputs first, then what is saved.
-        outputs: how many are its own.
+    Attributes:
+        inner_bytes: bytes of the pieces that are neither an input's nor an output's.
+        inputs: positions of the graph inputs whose memory is saved, parameters included.
+        outputs: for each of the graph's own outputs whose memory is saved its position and the bytes.
     """
+
+    inner_bytes: int
+    inputs: frozenset[int]
+    outputs: tuple[tuple[int, int], ...]
+
+
+def saved_values(forward: fx.GraphModule, outputs: int) -> SavedValues:
+    """Read off ``forward``, whose first ``outputs`` outputs are its own, what it saves."""
     (output,) = (node for node in forward.graph.nodes if node.op == "output")
-    own, saved = output.args[0][:outputs], output.args[0][outputs:]
-    held: dict[int, int] = {}
-    for node in saved:
-        value = node.meta.get("val") if isinstance(node, fx.Node) and node.op != "placeholder" else None
-        if isinstance(value, torch.Tensor) and node not in own:
-            held[id(node)] = concrete(value.numel()) * value.element_size()
-    return sum(held.values())
+    inputs = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    input_of = {_memory(node): position for position, node in reversed(list(enumerate(inputs)))}
+    output_of = {_memory(node): position for position, node in reversed(list(enumerate(output.args[0][:outputs])))}
+    inner: dict[int | None, int] = {}
+    read: set[int] = set()
+    made: dict[int, int] = {}
+    for node in output.args[0][outputs:]:
+        memory = _memory(node)
+        if memory is None:
+            continue
+        if memory in input_of:
+            read.add(input_of[memory])
+        elif memory in output_of:
+            made[output_of[memory]] = memory_bytes(node.meta["val"])
+        else:
+            inner[memory] = memory_bytes(node.meta["val"])
+    return SavedValues(sum(inner.values()), frozenset(read), tuple(sorted(made.items())))
+
+
+def memory_bytes(value: torch.Tensor) -> int:
+    """Bytes of the memory a tensor is in, all of it where the tensor is a view."""
+    try:
+        return concrete(value.untyped_storage().nbytes())
+    except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
+        return concrete(value.numel()) * value.element_size()
+
+
+def branch_forward_flops(joint: fx.GraphModule, label: int) -> int:
+    """Operations of the forward nodes of ``joint``, a joint graph with its gates, that lead to the gates ``label``.
+
+    Another branch's output counts as given: of two branches in a row each counts its own work.
+    """
+    gates = [node for node in joint.graph.nodes if node.target is GATE]
+    pending = [node for node in gates if node.args[1] == label]
+    seen = set(pending)
+    while pending:
+        for parent in pending.pop().all_input_nodes:
+            foreign = parent.target is GATE and parent.args[1] != label
+            if parent not in seen and not foreign:
+                seen.add(parent)
+                pending.append(parent)
+    return sum(node_flops(node) for node in seen)
+
+
+def graph_flops(graph: fx.Graph) -> int:
+    """Operations of a whole ATen graph."""
+    return sum(node_flops(node) for node in graph.nodes)
+
+
+def _memory(node: Any) -> int | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    memory = storage_of(value)
+    return id(node) if memory is None else memory
 
 
 def concrete(size: Any) -> int:
@@ -100,6 +160,6 @@ def _formula(target: Any) -> Any:
 def _sizes(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return torch.Size([concrete(size) for size in value.shape])
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_sizes(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_sizes(item) for item in value)
     return concrete(value) if isinstance(value, torch.SymInt) else value

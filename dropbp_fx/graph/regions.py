@@ -73,6 +73,16 @@ class RegionProgram:
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
 
+    @property
+    def has_symbols(self) -> bool:
+        """Whether some size or number is symbolic."""
+        return any(
+            isinstance(size, torch.SymInt)
+            for region in self.regions
+            for value in region.examples
+            for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
+        )
+
 
 def insert_gates(
     gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, drop: Drop = "branch", rescale: bool = False

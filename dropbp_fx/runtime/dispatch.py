@@ -152,16 +152,8 @@ class RegionRunner:
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""
-        for pattern in self._single_region_patterns():
+        for pattern in warmup_patterns(self._program):
             self._plan(frozenset(pattern))
-
-    def _single_region_patterns(self) -> Iterator[Collection[int]]:
-        yield ()
-        for region in self._program.regions:
-            exhaustive = len(region.branches) <= _EXHAUSTIVE_BRANCHES
-            sizes = range(1, len(region.branches) + 1) if exhaustive else (1, len(region.branches))
-            for size in sizes:
-                yield from itertools.combinations(region.branches, size)
 
     def _plan(self, dropped: frozenset[int]) -> tuple[Step, ...]:
         with self._lock:
@@ -172,6 +164,16 @@ class RegionRunner:
                     self._plans.popitem(last=False)
                 self._plans[dropped] = plan
             return plan
+
+
+def warmup_patterns(program: RegionProgram) -> Iterator[Collection[int]]:
+    """The patterns whose variants :meth:`RegionRunner.warmup` compiles."""
+    yield ()
+    for region in program.regions:
+        exhaustive = len(region.branches) <= _EXHAUSTIVE_BRANCHES
+        sizes = range(1, len(region.branches) + 1) if exhaustive else (1, len(region.branches))
+        for size in sizes:
+            yield from itertools.combinations(region.branches, size)
 
 
 def _run_step(step: Step, values: list[Any]) -> None:

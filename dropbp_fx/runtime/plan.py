@@ -56,6 +56,64 @@ def requires_gradient(program: RegionProgram) -> list[bool]:
     return required
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What one region does in a pattern, before anything is compiled for it.
+
+    Attributes:
+        key: the training variant to run, ``None`` to run forward-only.
+        dropped: labels of the region's gates that are dropped.
+        live: outputs that receive a gradient.
+        links: pairs (output position, input slot) of a forward-only region: that output's gradient is that input's.
+    """
+
+    key: VariantKey | None
+    dropped: frozenset[int]
+    live: frozenset[int]
+    links: tuple[tuple[int, int], ...]
+
+
+def decide(
+    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
+) -> tuple[Decision, ...]:
+    """For every region what the pattern that drops the branches numbered ``dropped`` makes of it; compiles nothing."""
+    labels = [
+        frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
+        for region in program.regions
+    ]
+    required = requires_gradient(program)
+    reachable: list[list[frozenset[int]]] = []
+    without: list[frozenset[int]] = []
+    for region, variant, labelled in zip(program.regions, variants, labels, strict=True):
+        sources = [
+            frozenset(k for k in variant.flow.sources(j, labelled) if required[region.inputs[k]])
+            for j in range(len(region.outputs))
+        ]
+        without.append(
+            frozenset(
+                k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
+            )
+        )
+        for slot, inputs in zip(region.outputs, sources, strict=True):
+            required[slot] = bool(inputs)
+        reachable.append(sources)
+    live = [False] * program.slots
+    for returned in program.outputs:
+        if isinstance(returned, int):
+            live[returned] = required[returned]
+    decisions: list[Decision] = []
+    rows = list(zip(program.regions, variants, labels, reachable, without, strict=True))
+    for region, variant, labelled, sources, ungraded in reversed(rows):
+        mine = frozenset(j for j, slot in enumerate(region.outputs) if live[slot] and required[slot])
+        for j in mine:
+            for k in sources[j]:
+                live[region.inputs[k]] = True
+        links = _links(region.inputs, variant, labelled, mine)
+        key = None if links is not None else (labelled, ungraded, variant.flow.differentiable - mine)
+        decisions.append(Decision(key, labelled, mine, links or ()))
+    return tuple(reversed(decisions))
+
+
 def make_plan(
     program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int], *, repeatable: bool = False
 ) -> tuple[Step, ...]:
@@ -67,59 +125,34 @@ def make_plan(
         dropped: numbers of branches (of ``Region.branches``).
         repeatable: the backward of every region may run more than once.
     """
-    labels = [
-        frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
-        for region in program.regions
-    ]
+    decisions = decide(program, variants, dropped)
+    graded = {
+        slot
+        for region, decision in zip(program.regions, decisions, strict=True)
+        for j, slot in enumerate(region.outputs)
+        if j in decision.live
+    }
+    returned = {slot for slot in program.outputs if isinstance(slot, int)}
     required = requires_gradient(program)
-    reachable: list[list[frozenset[int]]] = []
-    for region, variant, labelled in zip(program.regions, variants, labels, strict=True):
-        sources = [
-            frozenset(k for k in variant.flow.sources(j, labelled) if required[region.inputs[k]])
-            for j in range(len(region.outputs))
-        ]
-        for slot, inputs in zip(region.outputs, sources, strict=True):
-            required[slot] = bool(inputs)
-        reachable.append(sources)
-    live = [False] * program.slots
-    for returned in program.outputs:
-        if isinstance(returned, int):
-            live[returned] = required[returned]
-    live_outputs: list[frozenset[int]] = []
-    for region, sources in zip(reversed(program.regions), reversed(reachable), strict=True):
-        mine = frozenset(j for j, slot in enumerate(region.outputs) if live[slot] and required[slot])
-        for j in mine:
-            for k in sources[j]:
-                live[region.inputs[k]] = True
-        live_outputs.append(mine)
-    live_outputs.reverse()
-    several_outputs = sum(live[slot] for slot in {slot for slot in program.outputs if isinstance(slot, int)}) > 1
+    several_outputs = sum(slot in graded or required[slot] for slot in returned) > 1
     steps: list[Step] = []
-    for number, (region, variant, labelled, mine) in enumerate(
-        zip(program.regions, variants, labels, live_outputs, strict=True)
-    ):
-        links = _links(region.inputs, variant, labelled, mine)
-        undefined, key = None, None
-        if links is not None:
+    for number, (region, variant, decision) in enumerate(zip(program.regions, variants, decisions, strict=True)):
+        undefined = None
+        if decision.key is None:
             run = variant.forward_only()
         else:
-            wanting = variant.flow.differentiable
-            without = frozenset(
-                k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
-            )
-            key = (labelled, without, wanting - mine)
-            run = variant.training(key, repeatable=repeatable)
-            undefined = UndefinedGradients(variant.flow, labelled, mine) if several_outputs else None
+            run = variant.training(decision.key, repeatable=repeatable)
+            undefined = UndefinedGradients(variant.flow, decision.dropped, decision.live) if several_outputs else None
         steps.append(
             Step(
                 run=run,
                 inputs=region.inputs,
                 outputs=region.outputs,
                 dead=(),
-                forward_only=links is not None,
-                links=links or (),
+                forward_only=decision.key is None,
+                links=decision.links,
                 region=number,
-                key=key,
+                key=decision.key,
                 undefined=undefined,
             )
         )

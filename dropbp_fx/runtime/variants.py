@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import IDENTITIES
 from dropbp_fx.graph.gradflow import GradientFlow
+from dropbp_fx.graph.prune import prune_pass
 from dropbp_fx.graph.regions import Region
+from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
 
 #: What a variant drops, in order: labels of branches; inputs that want no gradient; outputs that get none.
@@ -27,9 +29,14 @@ class RegionVariants:
 
     Attributes:
         flow: which inputs get gradients from which outputs, for any pattern.
+        name: a path that tells the region apart from others in what is written about it.
     """
 
-    def __init__(self, region: Region, fake_mode: Any, compiler: Compiler) -> None:
+    def __init__(
+        self, region: Region, fake_mode: Any, compiler: Compiler, name: str = "region", branches: Sequence[str] = ()
+    ) -> None:
+        self.name = name
+        self._branch_names = tuple(branches)
         self._gm = region.gm
         self._examples = region.examples
         self._streams = region.streams
@@ -62,6 +69,8 @@ class RegionVariants:
             with _torch.compile_lock():
                 compiled = self._compiled.get(key)
                 if compiled is None:
+                    if artifacts.wanted():
+                        self._show(None if key is None else key[0])
                     with self._tracing():
                         compiled = compile_variant()
                     self._compiled[key] = compiled
@@ -83,7 +92,7 @@ class RegionVariants:
     @functools.cached_property
     def joint(self) -> fx.GraphModule | None:
         """The region's joint graph with its gates, ``None`` where nothing in it requires a gradient."""
-        with _torch.compile_lock(), self._tracing():
+        with _torch.compile_lock(), self._tracing(), torch.enable_grad():
             return _torch.trace_joint_graph(copy_graph_module(self._gm), self._inputs(frozenset()))
 
     def gradient_flops(self, dropped: frozenset[int] = frozenset()) -> int:
@@ -92,6 +101,56 @@ class RegionVariants:
             joint = self.joint
             self._gradient_flops[dropped] = 0 if joint is None else joint_cost(joint, dropped).backward_flops
         return self._gradient_flops[dropped]
+
+    def trace(
+        self, key: VariantKey | None, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+    ) -> _torch.TracedGraphs | fx.GraphModule:
+        """The graphs that a variant is compiled from, nothing being compiled: those of a training variant, or the one
+        graph of the forward-only variant (``key=None``) and of one in which nothing requires a gradient.
+        """
+        gm = copy_graph_module(self._gm)
+        with _torch.compile_lock(), self._tracing(), torch.enable_grad():
+            if key is not None:
+                dropped, without_gradient, dead = key
+                if dead:
+                    _detach_outputs(gm, dead)
+                inputs = self._inputs(without_gradient)
+                traced = _torch.trace_graphs(gm, inputs, prune_pass(dropped), decompositions)
+                if traced is not None:
+                    return traced
+            _remove_gates(gm)
+            return _torch.trace_forward_graph(gm, self._inputs(None), decompositions)
+
+    def _show(self, key: VariantKey | None) -> None:
+        """Hand on the graphs that a variant is compiled from."""
+        joint = self.joint
+        if joint is not None:
+            artifacts.emit(f"{self.name}/joint.py", joint.print_readable(print_output=False))
+        decompositions = _torch.inductor_decompositions() if self._compiler.inner == "inductor" else None
+        folder, traced = f"{self.name}/{self._describe(key)}", self.trace(key, decompositions)
+        if isinstance(traced, fx.GraphModule):
+            artifacts.emit(f"{folder}/forward.py", traced.print_readable(print_output=False))
+            return
+        for stage in ("joint", "forward", "backward"):
+            graph = getattr(traced, stage)
+            artifacts.emit(f"{folder}/{stage}.py", graph.print_readable(print_output=False))
+
+    def _describe(self, key: VariantKey | None) -> str:
+        if key is None:
+            return "forward_only"
+        dropped, without_gradient, dead = key
+        names = [
+            self._branch_names[label] if label < len(self._branch_names) else str(label) for label in sorted(dropped)
+        ]
+        parts = ["drops_" + "+".join(names) if names else "keeps_all"]
+        inert = [str(k) for k in sorted(without_gradient) if self._wants_gradient(k)]
+        parts += ["inputs_without_gradient_" + "_".join(inert)] if inert else []
+        parts += ["dead_outputs_" + "_".join(map(str, sorted(dead)))] if dead else []
+        return "__".join(parts)
+
+    def _wants_gradient(self, index: int) -> bool:
+        example = self._examples[index]
+        return isinstance(example, torch.Tensor) and (example.requires_grad or index in self._streams)
 
     def _tracing(self) -> Any:
         return _torch.fresh_tracing_context(self._fake_mode)

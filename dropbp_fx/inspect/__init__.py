@@ -1,0 +1,16 @@
+"""Inspection: see what would be dropped, what that saves and why, before a GPU hour is spent."""
+
+from dropbp_fx.inspect.dump import dump_graphs
+from dropbp_fx.inspect.explaining import explain
+from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation, Prediction
+from dropbp_fx.inspect.history import PatternHistory, record_patterns
+
+__all__ = [
+    "ExplainedBranch",
+    "Explanation",
+    "PatternHistory",
+    "Prediction",
+    "dump_graphs",
+    "explain",
+    "record_patterns",
+]

@@ -1,0 +1,115 @@
+"""Capture a model's training graphs without running it, compiling anything or touching it: on a copy of fake tensors."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from dropbp_fx import _torch
+from dropbp_fx.backend import DropBPBackend
+from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.runtime.compiler import CompileCounts, Compiler
+
+
+class _Captured(BaseException):
+    """Leaves the model's forward once its only graph is there; not an ``Exception``, so that no model catches it."""
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], make_backend: Callable[[], DropBPBackend]
+) -> tuple[DropBPBackend, tuple[CapturedGraph, ...]]:
+    """The training graphs that a new backend makes of ``model(*args, **kwargs)``, and that backend.
+
+    A model in one graph is captured with one trace and no operator run. A model that Dynamo breaks into several has its
+    operators run on fake tensors, so that the later graphs are met.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        RuntimeError: the model cannot be copied, or cannot run without its data.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"explain() takes a torch.nn.Module, or a backend that has met its model, not {type(model).__name__}. Pass "
+            "the module itself and the arguments of its forward."
+        )
+    model = getattr(model, "_orig_mod", model)
+    mode = _torch.fake_mode_of(model.parameters()) or _torch.new_fake_mode()
+    arguments = pytree.tree_map_only(torch.Tensor, lambda t: _torch.fake_twin(t, mode), (tuple(args), dict(kwargs)))
+    backend = make_backend()
+    try:
+        return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=True)
+    except torch._dynamo.exc.Unsupported:
+        backend = make_backend()  # a graph break: what the first one has met is a part of the model
+        return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=False)
+
+
+def _graphs(
+    fake: nn.Module, arguments: tuple[Any, Any], mode: Any, backend: DropBPBackend, *, whole: bool
+) -> tuple[CapturedGraph, ...]:
+    found: list[CapturedGraph] = []
+    compiler = Compiler(backend._config.inner, dict(backend._config.options), CompileCounts())
+
+    def keep(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
+        run = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if not whole else None
+        graph = backend._capture(gm, compiler, whole=True)
+        assert graph is not None  # whole=True
+        found.append(graph)
+        return _leave if run is None else run.forward
+
+    # Dynamo keeps its caches on code objects; one of its own keeps them apart from the caller's.
+    call = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+    with _torch.isolated_dynamo(), torch.enable_grad(), mode:
+        try:
+            torch.compile(call, backend=keep, dynamic=False, fullgraph=whole)(fake, *arguments)
+        except _Captured:
+            pass
+        except torch._dynamo.exc.Unsupported:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(fake).__name__} could not be traced on tensors without data: {_first_line(error)} Where its "
+                "forward depends on the values of its inputs, train one step with a backend and pass that backend to "
+                "explain()."
+            ) from error
+    return tuple(found)
+
+
+def _leave(*_arguments: Any) -> Any:
+    raise _Captured
+
+
+def _first_line(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)  # what Dynamo wraps says only that a backend failed
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if line.endswith(".") else f"{line}."
+
+
+def _call(self: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return self(*args, **kwargs)  # the name `self` is what branches' names are relative to
+
+
+def fake_copy(model: nn.Module, mode: Any) -> nn.Module:
+    """A copy of ``model`` whose tensors have sizes and no data, in training mode unless the model is there already.
+
+    Tensors on the meta device become fake ones on the CPU. Parameters shared within the model stay shared.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _torch.fake_twin(tensor, mode)
+    try:
+        with _torch.fake_copying(mode):
+            twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(
+            f"explain() works on a copy of the model, and {type(model).__name__} could not be copied: {_first_line(error)} "
+            "Train one step with a backend instead and pass that backend to explain()."
+        ) from error
+    return twin if model.training else twin.train()

@@ -1,0 +1,130 @@
+"""An explanation as one self-contained page. The page is ``report.html.j2``; this module hands it its figures."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import dropbp_fx
+from dropbp_fx import _torch
+from dropbp_fx.inspect import heatmap, tables
+
+if TYPE_CHECKING:
+    from dropbp_fx.inspect.explanation import Explanation
+
+#: Layers with more branches than this show single drops only, not every variant.
+_EVERY_VARIANT = 3
+
+
+def html(explanation: Explanation, layer: str | None = None) -> str:
+    """The page as text.
+
+    Raises:
+        ImportError: jinja2 or pydot is not installed.
+        KeyError: there is no such layer.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(
+            f"The report needs jinja2 ({error}). Install the extra: pip install 'dropbp-fx[inspect]'."
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dropbp_fx.inspect", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    from dropbp_fx.inspect.explanation import RATES
+
+    predictions = [explanation.predict(rate) for rate in RATES]
+    graphs, no_graph = _graphs(explanation, layer)
+    headers, rows = tables.shown_columns(explanation)
+    return environment.get_template("report.html.j2").render(
+        explanation=explanation,
+        headline=tables.headline(explanation),
+        footnote=tables.footnote(explanation),
+        headers=headers,
+        rows=rows,
+        quantity=tables.quantity,
+        cost_points=_points([prediction.relative_cost for prediction in predictions]),
+        memory_points=_points([prediction.relative_memory for prediction in predictions]),
+        graphs=graphs,
+        no_graph=no_graph,
+        grid=heatmap.grid(explanation),
+        values={value: label for value, label in heatmap.VALUES.items() if _known(explanation, value)},
+        versions={"dropbp_fx": dropbp_fx.__version__, **_torch.versions()},
+        data={
+            "predictions": [
+                {
+                    "rate": prediction.rate,
+                    "dropped": prediction.dropped,
+                    "cost": prediction.relative_cost,
+                    "memory": prediction.relative_memory,
+                    "backward": prediction.backward_flops,
+                    "bytes": prediction.saved_bytes,
+                }
+                for prediction in predictions
+            ],
+            "heat": _heat(explanation),
+        },
+    )
+
+
+def _points(values: list[float]) -> str:
+    """A curve over the rates for an SVG polyline in a box of 100 x 100, 0 at the bottom."""
+    from dropbp_fx.inspect.explanation import RATES
+
+    return " ".join(f"{100 * rate:.1f},{100 - 100 * value:.2f}" for rate, value in zip(RATES, values, strict=True))
+
+
+def _known(explanation: Explanation, value: str) -> bool:
+    return any(heatmap.figure_of(branch, value) is not None for branch in explanation.branches)
+
+
+def _heat(explanation: Explanation) -> dict[str, list[list[float | None]]]:
+    cells = heatmap.grid(explanation).cells
+    return {
+        value: [[None if cell is None else heatmap.figure_of(cell, value) for cell in row] for row in cells]
+        for value in heatmap.VALUES
+        if _known(explanation, value)
+    }
+
+
+def _graphs(explanation: Explanation, layer: str | None) -> tuple[list[dict[str, Any]], str]:
+    """The pictures of a layer's variants, each with a title; or the reason why there is none."""
+    layers = explanation.layers()
+    if not layers:
+        return [], "No branch is droppable, so there is no pruned graph to show."
+    layer = layers[0] if layer is None else layer
+    mine = [branch for branch in explanation.droppable if branch.layer == layer]
+    try:
+        return [
+            {
+                "title": ", ".join(branch.kind for branch in pattern) + " dropped" if pattern else "nothing dropped",
+                "names": [branch.name for branch in pattern],
+                "svg": _inline(explanation.to_svg(layer=layer, dropped=[branch.index for branch in pattern])),
+            }
+            for pattern in _variants(mine)
+        ], ""
+    except RuntimeError as error:  # no Graphviz
+        return [], str(error)
+
+
+def _variants(branches: list[Any]) -> Iterator[tuple[Any, ...]]:
+    most = len(branches) if len(branches) <= _EVERY_VARIANT else 1
+    for count in range(most + 1):
+        yield from itertools.combinations(branches, count)
+
+
+def _inline(svg: str) -> Any:
+    """An SVG to put into a page beside others: without ids, and as wide as there is room."""
+    from markupsafe import Markup
+
+    svg = re.sub(r' id="[^"]*"', "", svg)
+    width, height = re.search(r'width="(\d+)pt" height="(\d+)pt"', svg).groups()  # type: ignore[union-attr]
+    size = f'style="width:{round(int(width) * 1.1)}px" role="img"'
+    return Markup(svg.replace(f'width="{width}pt" height="{height}pt"', size, 1))  # Graphviz escapes what it is given
