@@ -86,7 +86,8 @@ class Schedule:
         self._reallocate_every = reallocate_every
         self._running = RunningSensitivity()
         self._progress_told = False
-        self._scales: dict[int, float] | None = None  # by branch; forgotten whenever a rate changes
+        self._scales: dict[int, float] | None = None  # by branch; forgotten, like the next, whenever a rate changes
+        self._units_of: dict[tuple[int, ...], list[tuple[Unit, list[int]]]] = {}
         self._seed = seed
         self._rounds = 0
         self._reallocated = 0  # the round at which rates were last re-allocated
@@ -125,6 +126,7 @@ class Schedule:
         with self._lock:
             self.rates.assign(tuple(self.branches))
             self._scales = None
+            self._units_of.clear()
 
     def learn(self, sensitivity: Sensitivity) -> None:
         """Take note of measured sensitivities."""
@@ -334,10 +336,15 @@ class Schedule:
 
     def _units(self, branches: Sequence[Branch]) -> list[tuple[Unit, list[int]]]:
         """What is dropped as a whole, with the indices of its branches."""
-        groups: dict[str, list[Branch]] = {}
-        for branch in branches:
-            groups.setdefault(branch.name if self.granularity == "branch" else branch.layer, []).append(branch)
-        return [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
+        key = tuple([branch.index for branch in branches])
+        found = self._units_of.get(key)
+        if found is None:
+            groups: dict[str, list[Branch]] = {}
+            for branch in branches:
+                groups.setdefault(branch.name if self.granularity == "branch" else branch.layer, []).append(branch)
+            found = [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
+            self._units_of[key] = found
+        return found
 
     # ---- what is asked about it ------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.observation import Observation
-from dropbp_fx.runtime.plan import Step, make_plan
+from dropbp_fx.runtime.plan import Planner, Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
 from dropbp_fx.runtime.variants import RegionVariants
 
@@ -75,6 +75,7 @@ class RegionRunner:
     ) -> None:
         self._program = program
         self._variants = tuple(variants)
+        self._planner = Planner(program, variants)
         self._policy = policy
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory(program.examples)
@@ -103,7 +104,7 @@ class RegionRunner:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
         values = self._values(arguments, ())
         del arguments
-        for step in make_plan(self._program, self._variants, (), repeatable=True):
+        for step in self._planner.plan((), repeatable=True):
             calibration.protect(step, self._variants[step.region], values)
             if step.forward_only:
                 _run_step(step, values)
@@ -159,7 +160,7 @@ class RegionRunner:
         with self._lock:
             plan = self._plans.get(dropped)
             if plan is None:
-                plan = make_plan(self._program, self._variants, dropped)
+                plan = self._planner.plan(dropped)
                 if len(self._plans) >= _PLANS_KEPT:
                     self._plans.popitem(last=False)
                 self._plans[dropped] = plan

@@ -6,13 +6,16 @@ encoder whose every cross-attention is dropped: none). A region that no gradient
 gradient on, runs forward-only; every other region runs the training variant pruned for exactly this situation.
 Consecutive regions that only hand their gradient on are one to autograd: a single link leads from the last one's output to
 the first one's input.
+
+A run meets a new pattern at nearly every step, so plans have to be cheap: what a region makes of the situation it is in
+(which of its branches are dropped, which inputs require a gradient, which outputs receive one) is remembered, for all
+regions of one structure together.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +24,7 @@ from dropbp_fx.runtime.undefined import UndefinedGradients
 from dropbp_fx.runtime.variants import RegionVariants, VariantKey
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One region's part in a plan.
 
     Attributes:
@@ -48,16 +50,7 @@ class Step:
     undefined: UndefinedGradients | None
 
 
-def requires_gradient(program: RegionProgram) -> list[bool]:
-    """For every slot whether its value requires a gradient before any region has run."""
-    required = [False] * program.slots
-    for slot, example in zip(program.inputs, program.examples, strict=True):
-        required[slot] = isinstance(example, torch.Tensor) and example.requires_grad
-    return required
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What one region does in a pattern, before anything is compiled for it.
 
     Attributes:
@@ -73,132 +66,230 @@ class Decision:
     links: tuple[tuple[int, int], ...]
 
 
-def decide(
-    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
-) -> tuple[Decision, ...]:
-    """For every region what the pattern that drops the branches numbered ``dropped`` makes of it; compiles nothing."""
-    labels = [
-        frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
-        for region in program.regions
-    ]
-    required = requires_gradient(program)
-    reachable: list[list[frozenset[int]]] = []
-    without: list[frozenset[int]] = []
-    for region, variant, labelled in zip(program.regions, variants, labels, strict=True):
-        sources = [
-            frozenset(k for k in variant.flow.sources(j, labelled) if required[region.inputs[k]])
-            for j in range(len(region.outputs))
-        ]
-        without.append(
-            frozenset(
-                k for k, slot in enumerate(region.inputs) if not required[slot] and _may_require(region.examples[k])
-            )
-        )
-        for slot, inputs in zip(region.outputs, sources, strict=True):
-            required[slot] = bool(inputs)
-        reachable.append(sources)
-    live = [False] * program.slots
-    for returned in program.outputs:
-        if isinstance(returned, int):
-            live[returned] = required[returned]
-    decisions: list[Decision] = []
-    rows = list(zip(program.regions, variants, labels, reachable, without, strict=True))
-    for region, variant, labelled, sources, ungraded in reversed(rows):
-        mine = frozenset(j for j, slot in enumerate(region.outputs) if live[slot] and required[slot])
-        for j in mine:
-            for k in sources[j]:
-                live[region.inputs[k]] = True
-        links = _links(region.inputs, variant, labelled, mine)
-        key = None if links is not None else (labelled, ungraded, variant.flow.differentiable - mine)
-        decisions.append(Decision(key, labelled, mine, links or ()))
-    return tuple(reversed(decisions))
+class _Flow(NamedTuple):
+    """Where gradients can go in a region some of whose inputs require one.
+
+    Attributes:
+        sources: for each output the inputs that get a gradient from it.
+        without: inputs that could require a gradient and do not.
+        required: for each output whether it requires one.
+    """
+
+    sources: tuple[frozenset[int], ...]
+    without: frozenset[int]
+    required: tuple[bool, ...]
 
 
-def make_plan(
-    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int], *, repeatable: bool = False
-) -> tuple[Step, ...]:
-    """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
+class _Role(NamedTuple):
+    """What a region does where some of its outputs receive a gradient.
+
+    Attributes:
+        key: the training variant, ``None`` for forward-only.
+        live: the outputs that do.
+        links: pairs (output, input) of a forward-only region: gradients that it hands on.
+        reached: the inputs that get a gradient.
+    """
+
+    key: VariantKey | None
+    live: frozenset[int]
+    links: tuple[tuple[int, int], ...]
+    reached: frozenset[int]
+
+
+class _Situations:
+    """What regions of one structure make of the situations they have been in."""
+
+    def __init__(self, variants: RegionVariants, examples: Sequence[Any]) -> None:
+        self._flow = variants.flow
+        self._may_require = [isinstance(e, torch.Tensor) and e.is_floating_point() for e in examples]
+        self._flows: dict[tuple[frozenset[int], tuple[bool, ...]], _Flow] = {}
+        self._roles: dict[tuple[frozenset[int], tuple[bool, ...], tuple[bool, ...]], _Role] = {}
+
+    def flow(self, dropped: frozenset[int], required: tuple[bool, ...], outputs: int) -> _Flow:
+        """Args are the dropped labels, whether each input requires a gradient, and the number of outputs."""
+        found = self._flows.get((dropped, required))
+        if found is None:
+            sources = tuple(frozenset(k for k in self._flow.sources(j, dropped) if required[k]) for j in range(outputs))
+            without = frozenset(k for k, may in enumerate(self._may_require) if may and not required[k])
+            found = self._flows[dropped, required] = _Flow(sources, without, tuple(map(bool, sources)))
+        return found
+
+    def role(self, dropped: frozenset[int], required: tuple[bool, ...], live: tuple[bool, ...]) -> _Role:
+        """Args are the dropped labels, whether each input requires a gradient, and whether each output gets one."""
+        found = self._roles.get((dropped, required, live))
+        if found is None:
+            flow = self.flow(dropped, required, len(live))
+            mine = frozenset(j for j, gets in enumerate(live) if gets and flow.required[j])
+            links = self._links(dropped, mine)
+            key = None if links is not None else (dropped, flow.without, self._flow.differentiable - mine)
+            reached = frozenset[int]().union(*(flow.sources[j] for j in mine))
+            found = self._roles[dropped, required, live] = _Role(key, mine, links or (), reached)
+        return found
+
+    def _links(self, dropped: frozenset[int], live: frozenset[int]) -> tuple[tuple[int, int], ...] | None:
+        """How gradients go round a region that computes none; ``None`` if it has to compute some."""
+        links: list[tuple[int, int]] = []
+        for j in sorted(live):
+            source = self._flow.passes_through(j, dropped)
+            if source is None:
+                return None
+            links.append((j, source))
+        return tuple(links)
+
+
+class Planner:
+    """Plans patterns of one program.
 
     Args:
         program: the graph's regions.
-        variants: the variants of each region.
-        dropped: numbers of branches (of ``Region.branches``).
-        repeatable: the backward of every region may run more than once.
+        variants: the variants of each region; equal regions share one object.
     """
-    decisions = decide(program, variants, dropped)
-    graded = {
-        slot
-        for region, decision in zip(program.regions, decisions, strict=True)
-        for j, slot in enumerate(region.outputs)
-        if j in decision.live
-    }
-    returned = {slot for slot in program.outputs if isinstance(slot, int)}
-    required = requires_gradient(program)
-    several_outputs = sum(slot in graded or required[slot] for slot in returned) > 1
-    steps: list[Step] = []
-    for number, (region, variant, decision) in enumerate(zip(program.regions, variants, decisions, strict=True)):
-        undefined = None
-        if decision.key is None:
-            run = variant.forward_only()
-        else:
-            run = variant.training(decision.key, repeatable=repeatable)
-            undefined = UndefinedGradients(variant.flow, decision.dropped, decision.live) if several_outputs else None
-        steps.append(
-            Step(
-                run=run,
-                inputs=region.inputs,
-                outputs=region.outputs,
-                dead=(),
-                forward_only=decision.key is None,
-                links=decision.links,
-                region=number,
-                key=decision.key,
-                undefined=undefined,
-            )
+
+    def __init__(self, program: RegionProgram, variants: Sequence[RegionVariants]) -> None:
+        self._program = program
+        self._variants = tuple(variants)
+        situations: dict[int, _Situations] = {}
+        for region, variant in zip(program.regions, self._variants, strict=True):
+            situations.setdefault(id(variant), _Situations(variant, region.examples))
+        self._situations = [situations[id(variant)] for variant in self._variants]
+        self._required = [False] * program.slots
+        for slot, example in zip(program.inputs, program.examples, strict=True):
+            self._required[slot] = isinstance(example, torch.Tensor) and example.requires_grad
+        self._returned = {slot for slot in program.outputs if isinstance(slot, int)}
+        self._last_reads, self._dying = _last_reads(program, self._returned)
+        self._undefined: dict[tuple[int, frozenset[int], frozenset[int]], UndefinedGradients] = {}
+
+    def decide(self, dropped: Collection[int]) -> tuple[Decision, ...]:
+        """For every region what the pattern that drops the branches numbered ``dropped`` makes of it; compiles nothing."""
+        labels, roles, _ = self._roles(dropped)
+        return tuple(
+            Decision(role.key, label, role.live, tuple((j, region.inputs[k]) for j, k in role.links))
+            for region, label, role in zip(self._program.regions, labels, roles, strict=True)
         )
-    return _with_last_reads(program, _with_merged_links(program, steps))
+
+    def plan(self, dropped: Collection[int], *, repeatable: bool = False) -> tuple[Step, ...]:
+        """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
+
+        Args:
+            dropped: numbers of branches (of ``Region.branches``).
+            repeatable: the backward of every region may run more than once.
+        """
+        regions = self._program.regions
+        labels, roles, live = self._roles(dropped)
+        several_outputs = sum(live[slot] or self._required[slot] for slot in self._returned) > 1
+        links = self._merged_links(roles)
+        dead = self._dead(links)
+        steps: list[Step] = []
+        for number, (region, variant, label, role) in enumerate(
+            zip(regions, self._variants, labels, roles, strict=True)
+        ):
+            undefined = None
+            if role.key is None:
+                run = variant.forward_only()
+            else:
+                run = variant.training(role.key, repeatable=repeatable)
+                if several_outputs:
+                    undefined = self._undefined_gradients(number, label, role.live)
+            steps.append(
+                Step(
+                    run,
+                    region.inputs,
+                    region.outputs,
+                    dead[number],
+                    role.key is None,
+                    links.get(number, ()),
+                    number,
+                    role.key,
+                    undefined,
+                )
+            )
+        return tuple(steps)
+
+    def _roles(self, dropped: Collection[int]) -> tuple[list[frozenset[int]], list[_Role], list[bool]]:
+        """For each region its dropped labels and its role; for each slot whether it receives a gradient."""
+        regions = self._program.regions
+        labels = [
+            frozenset(local for local, branch in enumerate(region.branches) if branch in dropped) for region in regions
+        ]
+        required = self._required.copy()
+        needs: list[tuple[bool, ...]] = []
+        for region, situations, label in zip(regions, self._situations, labels, strict=True):
+            mine = tuple([required[slot] for slot in region.inputs])
+            needs.append(mine)
+            flow = situations.flow(label, mine, len(region.outputs))
+            for slot, requires in zip(region.outputs, flow.required, strict=True):
+                required[slot] = requires
+        live = [False] * self._program.slots
+        for slot in self._returned:
+            live[slot] = required[slot]
+        roles: list[_Role] = []
+        for number in range(len(regions) - 1, -1, -1):
+            region = regions[number]
+            gets = tuple([live[slot] for slot in region.outputs])
+            role = self._situations[number].role(labels[number], needs[number], gets)
+            for k in role.reached:
+                live[region.inputs[k]] = True
+            roles.append(role)
+        roles.reverse()
+        return labels, roles, live
+
+    def _merged_links(self, roles: Sequence[_Role]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""
+        regions = self._program.regions
+        carriers = set(self._returned)
+        for region, role in zip(regions, roles, strict=True):
+            if role.key is not None:
+                carriers.update(region.inputs)
+        origin: dict[int, int] = {}
+        merged: dict[int, tuple[tuple[int, int], ...]] = {}
+        for number, (region, role) in enumerate(zip(regions, roles, strict=True)):
+            links: list[tuple[int, int]] = []
+            for position, source in role.links:
+                slot, source_slot = region.outputs[position], region.inputs[source]
+                origin[slot] = origin.get(source_slot, source_slot)
+                if slot in carriers:
+                    links.append((position, origin.pop(slot)))  # from here on the slot carries its gradient itself
+            if links:
+                merged[number] = tuple(links)
+        return merged
+
+    def _dead(self, links: dict[int, tuple[tuple[int, int], ...]]) -> list[tuple[int, ...]]:
+        """The slots that die at each step; where a link leads from lives until the link is made."""
+        dead = list(self._dying)
+        for number in sorted(links):
+            for _, slot in links[number]:
+                before = self._last_reads.get(slot)
+                if before is not None and before < number:
+                    at = next(n for n in range(before, number) if slot in dead[n])
+                    dead[at] = tuple(other for other in dead[at] if other != slot)
+                    dead[number] = (*dead[number], slot)
+        return dead
+
+    def _undefined_gradients(self, number: int, label: frozenset[int], live: frozenset[int]) -> UndefinedGradients:
+        found = self._undefined.get((number, label, live))
+        if found is None:
+            found = UndefinedGradients(self._variants[number].flow, label, live)
+            self._undefined[number, label, live] = found
+        return found
 
 
-def _with_merged_links(program: RegionProgram, steps: Sequence[Step]) -> list[Step]:
-    """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""
-    returned = {slot for slot in program.outputs if isinstance(slot, int)}
-    carriers = returned.union(*(step.inputs for step in steps if not step.forward_only))
-    origin: dict[int, int] = {}
-    merged: list[Step] = []
-    for step in steps:
-        links = []
-        for position, source in step.links:
-            slot = step.outputs[position]
-            origin[slot] = origin.get(source, source)
-            if slot in carriers:
-                links.append((position, origin[slot]))
-                del origin[slot]  # from here on the slot carries its gradient itself
-        merged.append(dataclasses.replace(step, links=tuple(links)))
-    return merged
+def decide(
+    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
+) -> tuple[Decision, ...]:
+    """:meth:`Planner.decide`, for a single pattern."""
+    return Planner(program, variants).decide(dropped)
 
 
-def _may_require(example: Any) -> bool:
-    return isinstance(example, torch.Tensor) and example.is_floating_point()
-
-
-def _links(
-    inputs: Sequence[int], variant: RegionVariants, labelled: frozenset[int], live: frozenset[int]
-) -> tuple[tuple[int, int], ...] | None:
-    """How gradients go round a region that computes none; ``None`` if it has to compute some."""
-    links: list[tuple[int, int]] = []
-    for j in sorted(live):
-        source = variant.flow.passes_through(j, labelled)
-        if source is None:
-            return None
-        links.append((j, inputs[source]))
-    return tuple(links)
-
-
-def _with_last_reads(program: RegionProgram, steps: Sequence[Step]) -> tuple[Step, ...]:
-    kept = {slot for slot in program.outputs if isinstance(slot, int)} | set(program.constants)
-    freed: list[Step] = []
-    for step in reversed(steps):
-        dying = [slot for slot in (*step.inputs, *(s for _, s in step.links), *step.outputs) if slot not in kept]
-        freed.append(dataclasses.replace(step, dead=tuple(dict.fromkeys(dying))))
-        kept.update(dying)
-    return tuple(reversed(freed))
+def _last_reads(program: RegionProgram, returned: Collection[int]) -> tuple[dict[int, int], list[tuple[int, ...]]]:
+    """For every slot that dies the region after which it does; for every region the slots that die after it."""
+    kept = set(returned) | set(program.constants)
+    last: dict[int, int] = {}
+    dying: list[tuple[int, ...]] = []
+    for number in range(len(program.regions) - 1, -1, -1):
+        region = program.regions[number]
+        mine = tuple(dict.fromkeys(slot for slot in (*region.inputs, *region.outputs) if slot not in kept))
+        last.update(dict.fromkeys(mine, number))
+        kept.update(mine)
+        dying.append(mine)
+    dying.reverse()
+    return last, dying
