@@ -63,7 +63,7 @@ def t5() -> nn.Module:
             d_model=128,
             d_kv=32,
             d_ff=384,
-            num_layers=3,
+            num_layers=2,
             num_heads=4,
             vocab_size=VOCABULARY,
             dropout_rate=0.0,
@@ -113,8 +113,8 @@ def patterns(branches: int) -> dict[str, list[int]]:
     }
 
 
-def check(name: str, inner: str) -> list[dict[str, Any]]:
-    """Predicted and measured figures of one model for a few patterns."""
+def check(name: str, inner: str, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Predicted and measured figures of one model for a few patterns, those of :func:`patterns` called ``labels`` or all."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     build, inputs_of = MODELS[name]
@@ -124,6 +124,8 @@ def check(name: str, inner: str) -> list[dict[str, Any]]:
     run = torch.compile(model, backend=backend)
     rows = []
     for label, dropped in patterns(len(explanation.branches)).items():
+        if labels and label not in labels:
+            continue
         predicted = explanation.cost_of(dropped)
         names = [explanation.branches[index].name for index in dropped]
         with backend.pinned(dropped):
