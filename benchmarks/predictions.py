@@ -64,7 +64,7 @@ def t5() -> nn.Module:
             d_model=128,
             d_kv=32,
             d_ff=384,
-            num_layers=2,
+            num_layers=3,
             num_heads=4,
             vocab_size=VOCABULARY,
             dropout_rate=0.0,
