@@ -18,29 +18,30 @@ import torch
 import transformers as hf
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import SHAPES, Llama
 from dropbp_fx import dropbp_backend, explain
+from dropbp_fx.graph.cost import operator_flops
 
 VOCABULARY = 512
 
 
-def _formula_of(name: str) -> Any:
-    formula = flop_registry[getattr(torch.ops.aten, name)]
+def _counter_of(operator: Any) -> Callable[..., int]:
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return operator_flops(operator, args, kwargs, out_val)
 
-    def count(*args: Any, **kwargs: Any) -> int:
-        return formula(*args, **kwargs)
-
-    count._get_raw = True  # formulas of the registry read tensors' shapes by themselves
+    count._get_raw = True  # FlopCounterMode: hand tensors over as they are
     return count
 
 
 #: FlopCounterMode has no formula for the CPU's fused attention and would count it as nothing.
 CPU_ATTENTION = {
-    getattr(torch.ops.aten, f"{name}_for_cpu{way}"): _formula_of(f"{name}{way}")
-    for name in ("_scaled_dot_product_flash_attention",)
-    for way in ("", "_backward")
+    operator: _counter_of(operator)
+    for operator in (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
 }
 
 
@@ -113,8 +114,8 @@ def patterns(branches: int) -> dict[str, list[int]]:
     }
 
 
-def check(name: str, inner: str) -> list[dict[str, Any]]:
-    """Predicted and measured figures of one model for a few patterns."""
+def check(name: str, inner: str, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Predicted and measured figures of one model for a few patterns, those of :func:`patterns` called ``labels`` or all."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     build, inputs_of = MODELS[name]
@@ -124,6 +125,8 @@ def check(name: str, inner: str) -> list[dict[str, Any]]:
     run = torch.compile(model, backend=backend)
     rows = []
     for label, dropped in patterns(len(explanation.branches)).items():
+        if labels and label not in labels:
+            continue
         predicted = explanation.cost_of(dropped)
         names = [explanation.branches[index].name for index in dropped]
         with backend.pinned(dropped):

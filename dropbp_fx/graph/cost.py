@@ -8,7 +8,7 @@ else, which is bound by memory, does not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,11 +61,33 @@ def node_flops(node: fx.Node) -> int:
     """Operations of one node of an ATen graph, 0 for what has no formula. Symbolic sizes count as the traced example's."""
     if node.op != "call_function":
         return 0
-    formula = _formula(node.target)
+    arguments, keywords = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    return operator_flops(node.target, arguments, keywords, node.meta.get("val"))
+
+
+def operator_flops(target: Any, arguments: Sequence[Any], keywords: Mapping[str, Any], result: Any) -> int:
+    """Operations of one ATen operator called with ``arguments``, 0 for what has no formula."""
+    formula = _formula(target)
     if formula is None:
         return 0
-    arguments, keywords = pytree.tree_map_only(fx.Node, lambda n: _sizes(n.meta.get("val")), (node.args, node.kwargs))
-    return int(formula(*arguments, **keywords, out_val=_sizes(node.meta.get("val"))))
+    sizes, named = _sizes(tuple(arguments)), {name: _sizes(value) for name, value in keywords.items()}
+    if "scaled_dot_product" in str(target):
+        sizes = _with_equal_heads(sizes, 1 if "backward" in str(target) else 0)
+    return int(formula(*sizes, **named, out_val=_sizes(result)))
+
+
+def _with_equal_heads(sizes: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    """Grouped queries cost what as many keys and values would; older releases' formulas refuse unequal numbers.
+
+    Args:
+        sizes: the operator's arguments, tensors as their sizes.
+        at: where the query is; key and value follow.
+    """
+    query = sizes[at]
+    if len(query) != 4:
+        return sizes
+    repeated = tuple(torch.Size([size[0], query[1], *size[2:]]) for size in sizes[at + 1 : at + 3])
+    return (*sizes[: at + 1], *repeated, *sizes[at + 3 :])
 
 
 @dataclasses.dataclass(frozen=True)
