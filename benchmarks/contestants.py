@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.models import Checkpointed, Decoder
 from dropbp_fx import dropbp_backend
@@ -209,6 +211,7 @@ def memory_budget(model: Decoder, inner: str) -> Training:
     """The partitioner decides what to recompute, to save no more than a share of what it would."""
     from torch._functorch import config
 
+    _count_shared_heads()
     compiled = torch.compile(model, backend=inner, dynamic=False)
     chosen = 1.0
 
@@ -222,6 +225,24 @@ def memory_budget(model: Decoder, inner: str) -> Training:
             return compiled(ids)
 
     return Training(run, choose)
+
+
+def _count_shared_heads() -> None:
+    """torch 2.11's partitioner cannot weigh an attention whose query heads share keys and values: its formula refuses
+    the sizes. Later releases count it like this.
+    """
+    aten = torch.ops.aten
+    for operator in (
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    ):
+        flop_registry[operator] = functools.partial(_attention_flops, flop_registry[operator])
+
+
+def _attention_flops(formula: Callable[..., int], query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> int:
+    key, value = (other[:, :1].expand(-1, query.shape[1], -1, -1) for other in (key, value))
+    return formula(query, key, value, *more, **named)
 
 
 # ---- dropbp_fx -----------------------------------------------------------------------------------------------------------

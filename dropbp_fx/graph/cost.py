@@ -63,7 +63,19 @@ def node_flops(node: fx.Node) -> int:
     if formula is None:
         return 0
     arguments, keywords = pytree.tree_map_only(fx.Node, lambda n: _sizes(n.meta.get("val")), (node.args, node.kwargs))
+    if "scaled_dot_product" in str(node.target):
+        arguments = _with_equal_heads(arguments, backward="backward" in str(node.target))
     return int(formula(*arguments, **keywords, out_val=_sizes(node.meta.get("val"))))
+
+
+def _with_equal_heads(arguments: Sequence[Any], *, backward: bool) -> list[Any]:
+    """Attention's sizes with as many heads of keys and values as of queries, which is what its kernels compute when query
+    heads share keys and values; torch 2.11's formulas refuse anything else.
+    """
+    first = 1 if backward else 0  # a backward's first argument is the gradient
+    query, key, value = arguments[first : first + 3]
+    shared = [torch.Size([*other[:1], *query[1:2], *other[2:]]) for other in (key, value)]
+    return [*arguments[: first + 1], *shared, *arguments[first + 3 :]]
 
 
 def saved_bytes(forward: fx.GraphModule, outputs: int) -> int:
