@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--loss", choices=("plain", "fused"), default="plain")
     measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     measuring.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor", help="what makes the code")
-    measuring.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there")
+    measuring.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there"
+    )
     measuring.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
     measuring.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
     for size in ("layers", "batch", "tokens"):
@@ -171,7 +173,9 @@ def _plot(chosen: argparse.Namespace) -> None:
 
 
 def _print(records: Sequence[Record], keys: Sequence[str]) -> None:
-    rows = [["failed" if key == keys[-1] and "error" in record else record.get(key) for key in keys] for record in records]
+    rows = [
+        ["failed" if key == keys[-1] and "error" in record else record.get(key) for key in keys] for record in records
+    ]
     print(tabulate(rows, keys, tablefmt="github"))
 
 

@@ -228,7 +228,7 @@ def memory_budget(model: Decoder, inner: str) -> Training:
 
 
 def _count_shared_heads() -> None:
-    """torch 2.11's partitioner cannot weigh an attention whose query heads share keys and values: its formula refuses
+    """Torch 2.11's partitioner cannot weigh an attention whose query heads share keys and values: its formula refuses
     the sizes. Later releases count it like this.
     """
     aten = torch.ops.aten
@@ -240,8 +240,10 @@ def _count_shared_heads() -> None:
         flop_registry[operator] = functools.partial(_attention_flops, flop_registry[operator])
 
 
-def _attention_flops(formula: Callable[..., int], query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> int:
-    key, value = (other[:, :1].expand(-1, query.shape[1], -1, -1) for other in (key, value))
+def _attention_flops(formula: Callable[..., int], query: Any, key: Any, value: Any, *more: Any, **named: Any) -> int:
+    """``formula`` takes tensors or their sizes."""
+    query, key, value = (getattr(operand, "shape", operand) for operand in (query, key, value))
+    key, value = (torch.Size([*other[:1], query[1], *other[2:]]) for other in (key, value))
     return formula(query, key, value, *more, **named)
 
 

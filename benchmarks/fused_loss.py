@@ -18,7 +18,9 @@ _LOGITS = 2**25
 
 
 @torch.library.custom_op("dropbp_benchmarks::linear_cross_entropy", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, targets: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _operator(
+    x: Tensor, weight: Tensor, targets: Tensor, want_x: bool, want_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, vocabulary = x.shape[0], weight.shape[0]
     chunk = min(tokens, max(_LOGITS // vocabulary, 16))
     loss = x.new_zeros((), dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -137,7 +138,7 @@ class _Run:
             for _ in range(times):
                 function()
                 marks.append(time.perf_counter())
-            return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+            return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
         self.synchronize()
         events[0].record()
@@ -145,7 +146,7 @@ class _Run:
             function()
             event.record()
         self.synchronize()
-        return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
     def synchronized_step(self) -> tuple[float, float, float]:
         """Milliseconds of one step, milliseconds until the host had issued it, GiB above what was held before."""
@@ -288,9 +289,7 @@ def _length(request: Request) -> Iterator[Record]:
         run.timed_step()
         run.make_optimizer_state()
         held = run.reset_peak()
-        milliseconds = []
-        for _ in range(request.steps):
-            milliseconds.append(1e3 * run.timed_step()[1])
+        milliseconds = [1e3 * run.timed_step()[1] for _ in range(request.steps)]
         record |= {
             "fits": True,
             "step_ms": round(statistics.median(milliseconds), 1),

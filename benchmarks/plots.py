@@ -39,11 +39,18 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     style = {"svg.hashsalt": "dropbp_fx", "svg.fonttype": "none", "font.size": 9, "text.color": _INK,
              "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}  # fmt: skip
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.2), squeeze=False, layout="constrained")
-        for axis, (title, records) in zip(axes[0], settings.items(), strict=False):
+        columns = min(panels, 2)
+        rows = -(-panels // columns)
+        figure, grid = pyplot.subplots(
+            rows, columns, figsize=(5.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
+        )
+        axes = list(grid.flat)
+        for axis, (title, records) in zip(axes, settings.items(), strict=False):
             _time_against_memory(axis, title, records)
         if firsts:
-            _bars(axes[0][-1], firsts)
+            _bars(axes[panels - 1], firsts)
+        for axis in axes[panels:]:
+            axis.set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
@@ -51,7 +58,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
     """Records that may be drawn together: of one run, one suite, one loss."""
-    found: dict[str, list[Record]] = {}
+    found: dict[tuple[int, str], list[Record]] = {}
     for number, run in enumerate(runs):
         for record in run.figures("steps"):
             if record["contestant"] not in _LEFT_OUT and record["activation_gib"] > 0:
@@ -103,7 +110,9 @@ def _first_steps(runs: Sequence[Run]) -> list[tuple[str, float, float]]:
 
 def _bars(axis: Any, firsts: Sequence[tuple[str, float, float]]) -> None:
     labels = [label for label, _, _ in firsts]
-    axis.barh(labels, [whole for _, _, whole in firsts], color=_COLOURS[1], alpha=0.45, label="with every variant compiled")
+    axis.barh(
+        labels, [whole for _, _, whole in firsts], color=_COLOURS[1], alpha=0.45, label="with every variant compiled"
+    )
     axis.barh(labels, [first for _, first, _ in firsts], color=_COLOURS[1], label="first step")
     axis.invert_yaxis()
     axis.set(title="first step", xlabel="seconds")

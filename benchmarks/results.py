@@ -47,9 +47,9 @@ class Run:
     def figures(self, measurement: str, **where: Any) -> Iterator[Record]:
         """Records of a kind that have figures, and the given values."""
         for record in self.records:
-            if record["measurement"] == measurement and "error" not in record:
-                if all(record.get(key) == value for key, value in where.items()):
-                    yield record
+            wanted = record["measurement"] == measurement and "error" not in record
+            if wanted and all(record.get(key) == value for key, value in where.items()):
+                yield record
 
 
 class ResultsFile:
