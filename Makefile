@@ -6,7 +6,7 @@ VENV ?= .venv
 DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
 TEST_ARGS ?= -n 2
-BENCH_ARGS ?=
+BENCH_ARGS ?= run tiny --steps 5 --contestants torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 
 # OpenMP threads that wait sleep instead of spinning: on a machine with other work, spinning makes every step many times slower.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -49,7 +49,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## compare with torch.compile and with dropping by hand (flags: BENCH_ARGS="--shape 1b", for a GPU)
+bench: $(STAMP) ## compare with torch.compile and with dropping by hand (BENCH_ARGS="run 1b" on a GPU; docs/benchmarks.md)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 ci: ## what continuous integration runs, from scratch in a directory of its own

@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         "--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there"
     )
     measuring.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
-    measuring.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
+    adding = measuring.add_mutually_exclusive_group()
+    adding.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
+    adding.add_argument(
+        "--continue", action="store_true", dest="go_on", help="add to the file's last run, same conditions"
+    )
     for size in ("layers", "batch", "tokens"):
         measuring.add_argument(f"--{size}", type=int, help="instead of the suite's")
 
@@ -99,7 +103,9 @@ def _request(chosen: argparse.Namespace, measurement: str, contestant: str, **mo
 
 
 def _file(chosen: argparse.Namespace) -> ResultsFile:
-    return ResultsFile(chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append)
+    return ResultsFile(
+        chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append, go_on=chosen.go_on
+    )
 
 
 def _measure(file: ResultsFile, request: Request, clock: Clock, cache: Path | None = None) -> list[Record]:

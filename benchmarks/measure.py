@@ -287,6 +287,7 @@ def _length(request: Request) -> Iterator[Record]:
         if request.values[0] is not None:
             run.training.choose(request.values[0])
         run.timed_step()
+        run.training.compile_all()
         run.make_optimizer_state()
         held = run.reset_peak()
         milliseconds = [1e3 * run.timed_step()[1] for _ in range(request.steps)]

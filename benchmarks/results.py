@@ -55,10 +55,26 @@ class Run:
 class ResultsFile:
     """A file that is valid after every record: what a killed run had measured is not lost."""
 
-    def __init__(self, path: Path | None, run: Run, *, append: bool = False) -> None:
+    def __init__(self, path: Path | None, run: Run, *, append: bool = False, go_on: bool = False) -> None:
+        """Start a run.
+
+        Args:
+            path: the file, ``None`` to write nothing.
+            run: the run to add records to.
+            append: keep the runs that the file holds.
+            go_on: keep them, and add to the last one instead of starting another.
+
+        Raises:
+            ValueError: the run to go on with was of another machine, other versions or another commit.
+        """
         self._path, self.run = path, run
-        self._runs = load(path) if append and path is not None and path.exists() else []
-        self._runs.append(run)
+        self._runs = load(path) if (append or go_on) and path is not None and path.exists() else []
+        if go_on and self._runs:
+            self.run = self._runs[-1]
+            _check_same_conditions(self.run, run)
+            self.run.command += f"; {run.command}"
+        else:
+            self._runs.append(run)
 
     def add(self, records: Iterable[Record]) -> None:
         self.run.records.extend(records)
@@ -91,6 +107,16 @@ def load(path: Path) -> list[Run]:
             _check(record, path)
         runs.append(Run(**entry))
     return runs
+
+
+def _check_same_conditions(earlier: Run, now: Run) -> None:
+    for name in ("machine", "versions", "commit"):
+        before, after = getattr(earlier, name), getattr(now, name)
+        if before != after:
+            raise ValueError(
+                f"This cannot go on with the file's last run: its {name} was {before} and is now {after}. Use --append to "
+                "start a run of its own in the same file."
+            )
 
 
 def _check(record: Record, path: Path) -> None:

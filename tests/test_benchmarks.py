@@ -226,6 +226,20 @@ def test_a_file_that_lacks_something_is_refused_by_name(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_run_goes_on_only_under_the_same_conditions(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    ResultsFile(path, synthetic()).write()
+    again = synthetic()
+    ResultsFile(path, again, go_on=True).add(again.records[:1])
+    (run,) = load(path)
+    assert len(run.records) == len(again.records) + 1
+    again.commit = "def"
+    with pytest.raises(ValueError, match="its commit was abc and is now def"):
+        ResultsFile(path, again, go_on=True)
+    ResultsFile(path, again, append=True).write()
+    assert [run.commit for run in load(path)] == ["abc", "def"]
+
+
 def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
