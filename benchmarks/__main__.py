@@ -130,7 +130,7 @@ def _run(chosen: argparse.Namespace) -> None:
                            steps=chosen.steps, warmup=chosen.warmup)  # fmt: skip
         file.add(_measure(file, request, clock))
     keys = ["contestant", "knob", "value", "first_step_s", "step_ms", "step_ms_mean", "host_ms", "activation_gib"]
-    _print([record for record in file.run.records if record["measurement"] == "steps"], keys)
+    _print(file, "steps", keys)
 
 
 def _first_step(chosen: argparse.Namespace) -> None:
@@ -144,7 +144,7 @@ def _first_step(chosen: argparse.Namespace) -> None:
                                    patterns=0 if warm else chosen.patterns)  # fmt: skip
                 file.add({**record, "warm": warm} for record in _measure(file, request, clock, Path(cache)))
     keys = ["contestant", "layers", "value", "warm", "first_step_s", "all_variants_s", "inner_compile_s"]
-    _print(file.run.records, [*keys, "compiled_variants", "patterns", "recompiles", "new_variants"])
+    _print(file, "first step", [*keys, "compiled_variants", "patterns", "recompiles", "new_variants"])
 
 
 def _longest(chosen: argparse.Namespace) -> None:
@@ -164,7 +164,7 @@ def _longest(chosen: argparse.Namespace) -> None:
             if any("error" in record for record in records):
                 break
             search.tell(records[0])
-    _print(file.run.records, ["contestant", "value", "tokens", "fits", "step_ms", "held_gib", "peak_gib"])
+    _print(file, "length", ["contestant", "value", "tokens", "fits", "step_ms", "held_gib", "peak_gib"])
 
 
 def _compare(chosen: argparse.Namespace) -> None:
@@ -178,9 +178,11 @@ def _plot(chosen: argparse.Namespace) -> None:
     plots.draw([run for path in chosen.results for run in load(path)], chosen.out)
 
 
-def _print(records: Sequence[Record], keys: Sequence[str]) -> None:
+def _print(file: ResultsFile, measurement: str, keys: Sequence[str]) -> None:
+    records = [record for record in file.run.records if record["measurement"] == measurement]
+    failed_at = keys[-1]
     rows = [
-        ["failed" if key == keys[-1] and "error" in record else record.get(key) for key in keys] for record in records
+        ["failed" if key == failed_at and "error" in record else record.get(key) for key in keys] for record in records
     ]
     print(tabulate(rows, keys, tablefmt="github"))
 

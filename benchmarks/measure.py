@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -281,7 +282,8 @@ def _first_step(request: Request) -> Iterator[Record]:
 
 def _length(request: Request) -> Iterator[Record]:
     """Do steps of this length fit? The second one counts as well: the first has no optimizer state until its end."""
-    record: Record = {"value": request.values[0], "cap_gib": request.cap_gib}
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    record: Record = {"value": request.values[0], "cap_gib": request.cap_gib, "allocator": allocator}
     try:
         run = _Run(request)
         if request.values[0] is not None:

@@ -44,8 +44,6 @@ def in_own_process(request: Request, clock: Clock, cache: Path | None = None) ->
         caches = str(cache or place / "cache")
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": caches, "PYTHONPATH": _python_path()}
-        if request.measurement == "length":  # no contestant shall fail by fragmentation
-            environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         command = [sys.executable, "-m", "benchmarks.worker", str(asked), str(answered)]
         with log.open("wb") as output:
             # A group of its own: compiling starts processes that must end with it.
