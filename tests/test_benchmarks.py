@@ -194,6 +194,7 @@ def test_a_run_writes_a_file_that_compare_and_plot_read(tmp_path: Path, capsys: 
     capsys.readouterr()
     main(["compare", str(out)])
     assert "step at rate 0 / torch.compile's" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
     main(["plot", str(out), "--out", str(picture)])
     assert "dropbp_fx" in picture.read_text()
 
@@ -207,6 +208,7 @@ def test_a_contestant_that_fails_is_recorded_and_the_run_goes_on(tmp_path: Path)
 def test_plots_of_failures_alone_say_that_there_is_nothing_to_draw(tmp_path: Path) -> None:
     run = synthetic()
     run.records = run.records[-1:]
+    pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="There is nothing to draw"):
         plots.draw([run], tmp_path / "plot.svg")
 
