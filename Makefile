@@ -6,7 +6,7 @@ VENV ?= .venv
 DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
 TEST_ARGS ?= -n 2
-BENCH_ARGS ?=
+BENCH_ARGS ?= run tiny --steps 5 --contestants torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 # Processes that build the documentation; the atlas traces a model for each family.
 DOCS_JOBS ?= 2
 
@@ -55,7 +55,7 @@ docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_bui
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html."
 
-bench: $(STAMP) ## compare with torch.compile and with dropping by hand (flags: BENCH_ARGS="--shape 1b", for a GPU)
+bench: $(STAMP) ## compare with torch.compile and with dropping by hand (BENCH_ARGS="run 1b" on a GPU; docs/benchmarks.md)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 ci: ## what continuous integration runs, from scratch in a directory of its own

@@ -1,77 +1,190 @@
-"""``python -m benchmarks``: compare ways to train one model, each in a process of its own."""
+"""Compare ways to train one model, each in a process of its own.
+
+python -m benchmarks run SUITE measures training steps, first-step what compiling costs, longest the longest sequence that
+fits; compare prints the targets beside what was measured, and plot draws it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
+import shlex
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
+from tqdm import tqdm
 
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.measure import measure
-from benchmarks.models import SHAPES
-from dropbp_fx import _torch
+from benchmarks import longest, targets
+from benchmarks.contestants import CONTESTANTS, DEFAULT
+from benchmarks.measure import Record, Request
+from benchmarks.processes import Clock, failed, in_own_process
+from benchmarks.results import ResultsFile, Run, load
+from benchmarks.suites import SUITES
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.875])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        result = measure(
-            arguments.one,
-            arguments.shape,
-            arguments.rates,
-            steps=arguments.steps,
-            warmup=arguments.warmup,
-            device=arguments.device,
-        )
-        print("RESULT", json.dumps(result), flush=True)
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    chosen = parser.parse_args(given)
+    if chosen.command is None:
+        parser.print_help()
         return
-    results = [_in_own_process(name, arguments) for name in arguments.contestants]
+    chosen.command_line = shlex.join(["python", "-m", "benchmarks", *given])
+    chosen.action(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument("suite", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    measuring.add_argument("--loss", choices=("plain", "fused"), default="plain")
+    measuring.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measuring.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor", help="what makes the code")
+    measuring.add_argument(
+        "--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there"
+    )
+    measuring.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
+    adding = measuring.add_mutually_exclusive_group()
+    adding.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
+    adding.add_argument(
+        "--continue", action="store_true", dest="go_on", help="add to the file's last run, same conditions"
+    )
+    for size in ("layers", "batch", "tokens"):
+        measuring.add_argument(f"--{size}", type=int, help="instead of the suite's")
+
+    run = commands.add_parser("run", parents=[measuring], help="time and memory of training steps")
+    run.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT, metavar="NAME",
+                     help=f"of {', '.join(map(repr, CONTESTANTS))}")  # fmt: skip
+    run.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.75, 0.875])
+    run.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.5], help="of layers that are checkpointed")
+    run.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.5], help="of the memory partitioner")
+    run.add_argument("--steps", type=int, default=20)
+    run.add_argument("--warmup", type=int, default=5)
+    run.set_defaults(action=_run)
+
+    first = commands.add_parser("first-step", parents=[measuring], help="what compiling costs, cold and warm")
+    first.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["torch.compile", "dropbp_fx"],
+                       metavar="NAME")  # fmt: skip
+    first.add_argument("--rate", type=float, default=0.5)
+    first.add_argument("--depths", nargs="+", type=int, help="numbers of layers, one after the other")
+    first.add_argument("--patterns", type=int, default=0, help="random patterns to draw afterwards")
+    first.add_argument("--cold-only", action="store_true", help="no second process on the first one's caches")
+    first.set_defaults(action=_first_step)
+
+    length = commands.add_parser("longest", parents=[measuring], help="the longest sequence that fits")
+    length.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["torch.compile", "dropbp_fx"],
+                        metavar="NAME")  # fmt: skip
+    length.add_argument("--rate", type=float, default=0.875)
+    length.add_argument("--cap-gib", type=float, default=80.0)
+    length.add_argument("--start", type=int, default=8192, help="the first length to try")
+    length.add_argument("--multiple", type=int, default=1024, help="lengths are multiples of this")
+    length.add_argument("--probes", type=int, default=5, help="lengths to try at most, for each contestant")
+    length.set_defaults(action=_longest)
+
+    compare = commands.add_parser("compare", help="print the targets and what was measured")
+    compare.add_argument("results", nargs="+", type=Path)
+    compare.set_defaults(action=_compare)
+
+    plot = commands.add_parser("plot", help="draw time against memory, and first steps")
+    plot.add_argument("results", nargs="+", type=Path)
+    plot.add_argument("--out", type=Path, required=True, help="an SVG file")
+    plot.set_defaults(action=_plot)
+    return parser
+
+
+def _request(chosen: argparse.Namespace, measurement: str, contestant: str, **more: object) -> Request:
+    common = {name: getattr(chosen, name) for name in ("suite", "loss", "device", "inner", "layers", "batch", "tokens")}
+    return Request(measurement, contestant, **{**common, **more})
+
+
+def _file(chosen: argparse.Namespace) -> ResultsFile:
+    return ResultsFile(
+        chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append, go_on=chosen.go_on
+    )
+
+
+def _measure(file: ResultsFile, request: Request, clock: Clock, cache: Path | None = None) -> list[Record]:
+    """Measure in a process of its own, unless the time is over, and tell about failures at once."""
+    if clock.left() == 0:
+        records = [failed(request, "The run's time limit was reached before this one started.")]
+    else:
+        records = in_own_process(request, clock, cache)
+    for record in records:
+        if "error" in record:
+            tqdm.write(f"{record['contestant']} failed: {record['error']}", file=sys.stderr)
+    return records
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    file, clock = _file(chosen), Clock(chosen.time_limit)
+    values = {"rate": chosen.rates, "share": chosen.shares, "budget": chosen.budgets, None: [None]}
+    progress = tqdm(chosen.contestants, unit="contestant")
+    for name in progress:
+        progress.set_postfix_str(name)
+        request = _request(chosen, "steps", name, values=values[CONTESTANTS[name].knob],
+                           steps=chosen.steps, warmup=chosen.warmup)  # fmt: skip
+        file.add(_measure(file, request, clock))
+    keys = ["contestant", "knob", "value", "first_step_s", "step_ms", "step_ms_mean", "host_ms", "activation_gib"]
+    _print(file, "steps", keys)
+
+
+def _first_step(chosen: argparse.Namespace) -> None:
+    file, clock = _file(chosen), Clock(chosen.time_limit)
+    depths = chosen.depths or [chosen.layers]
+    for layers, name in tqdm([(layers, name) for layers in depths for name in chosen.contestants]):
+        values = [chosen.rate if CONTESTANTS[name].knob == "rate" else None]
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            for warm in (False,) if chosen.cold_only else (False, True):
+                request = _request(chosen, "first step", name, values=values, layers=layers,
+                                   patterns=0 if warm else chosen.patterns)  # fmt: skip
+                file.add({**record, "warm": warm} for record in _measure(file, request, clock, Path(cache)))
+    keys = ["contestant", "layers", "value", "warm", "first_step_s", "all_variants_s", "inner_compile_s"]
+    _print(file, "first step", [*keys, "compiled_variants", "patterns", "recompiles", "new_variants"])
+
+
+def _longest(chosen: argparse.Namespace) -> None:
+    file, clock = _file(chosen), Clock(chosen.time_limit)
+    for name in chosen.contestants:
+        values = [chosen.rate if CONTESTANTS[name].knob == "rate" else None]
+        search = longest.Search(chosen.start, chosen.cap_gib, chosen.multiple)
+        for _ in range(chosen.probes):
+            tokens = search.next_length()
+            if tokens is None or clock.left() == 0:
+                break
+            tqdm.write(f"{name}: trying {tokens} tokens", file=sys.stderr)
+            request = _request(chosen, "length", name, values=values, batch=1, tokens=tokens, steps=1,
+                               cap_gib=chosen.cap_gib)  # fmt: skip
+            records = _measure(file, request, clock)
+            file.add(records)
+            if any("error" in record for record in records):
+                break
+            search.tell(records[0])
+    _print(file, "length", ["contestant", "value", "tokens", "fits", "step_ms", "held_gib", "peak_gib"])
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    runs = [run for path in chosen.results for run in load(path)]
+    print(targets.table(runs))
+
+
+def _plot(chosen: argparse.Namespace) -> None:
+    from benchmarks import plots
+
+    plots.draw([run for path in chosen.results for run in load(path)], chosen.out)
+
+
+def _print(file: ResultsFile, measurement: str, keys: Sequence[str]) -> None:
+    records = [record for record in file.run.records if record["measurement"] == measurement]
+    failed_at = keys[-1]
     rows = [
-        [result["contestant"], rate, *figures.values()]
-        for result in results
-        for rate, figures in result["rates"].items()
+        ["failed" if key == failed_at and "error" in record else record.get(key) for key in keys] for record in records
     ]
-    headers = ["contestant", "drop rate", "first step s", "step ms", "mean ms", "host ms", "activation GiB"]
-    print(tabulate(rows, headers, tablefmt="github"))
-    if arguments.json:
-        machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
-        report = {"machine": machine, "versions": _torch.versions(), "commit": _commit(), "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    with_rates = name not in ("torch.compile", "forward only")
-    rates = arguments.rates if with_rates else [0.0]
-    command = [sys.executable, "-m", "benchmarks", "--one", name, "--shape", arguments.shape]
-    command += ["--steps", str(arguments.steps), "--warmup", str(arguments.warmup), "--device", arguments.device]
-    command += ["--rates", *map(str, rates)]
-    print(f"running {name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    print(tabulate(rows, keys, tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -1,86 +1,318 @@
-"""Measure one contestant in a process of its own."""
+"""Measure one contestant in the process it has to itself. Every function yields records as soon as it has them."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
+import os
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.utils
+from torch import Tensor
 
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.models import SHAPES, Llama
+from benchmarks.contestants import CONTESTANTS, Training
+from benchmarks.models import make_model
+from benchmarks.suites import shape_of
+
+Record = dict[str, Any]
+
+#: A run that is still compiling after its warm-up gets this many more steps to settle.
+_SETTLING_STEPS = 24
 
 
-def measure(name: str, shape_name: str, rates: list[float], *, steps: int, warmup: int, device: str) -> dict[str, Any]:
-    """Train a few steps at each rate; the first rate's first step includes compiling.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a process is asked to measure.
 
-    Returns:
-        For each rate the median step in milliseconds (forward, backward, AdamW), the median time the host was busy
-        issuing it, and the peak of memory in GiB above what was held before the step; and the first step in seconds.
+    Attributes:
+        measurement: "steps" (time and memory of training steps), "first step" (what compiling costs), or "length" (does a
+            step fit).
+        values: the knob's values, one after the other in this process; ``[None]`` for a contestant without a knob.
+        patterns: how many random patterns a "first step" process goes on to draw.
+        cap_gib: memory the process may use on the device, ``None`` for all of it.
     """
-    result: dict[str, Any] = {"contestant": name, "shape": shape_name, "rates": {}}
-    for rate in rates:
-        torch._dynamo.reset()
-        gc.collect()
-        result["rates"][str(rate)] = _measure_rate(name, shape_name, rate, steps, warmup, device)
-    return result
+
+    measurement: str
+    contestant: str
+    suite: str
+    values: Sequence[float | None] = (None,)
+    loss: str = "plain"
+    steps: int = 20
+    warmup: int = 5
+    device: str = "cpu"
+    inner: str = "inductor"
+    layers: int | None = None
+    batch: int | None = None
+    tokens: int | None = None
+    patterns: int = 0
+    cap_gib: float | None = None
 
 
-def _measure_rate(name: str, shape_name: str, rate: float, steps: int, warmup: int, device: str) -> dict[str, float]:
-    shape = SHAPES[shape_name]
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Llama(shape).to(torch.bfloat16 if device == "cuda" else torch.float32)
-    loss = CONTESTANTS[name](model, rate)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
-    batches = [torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device) for _ in range(4)]
+def measure(request: Request) -> Iterator[Record]:
+    """Measure what is asked for; a failure becomes a record with its text under "error"."""
+    contestant = CONTESTANTS[request.contestant]
+    measurements = {"steps": _steps, "first step": _first_step, "length": _length}
+    shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
+    common = {
+        "measurement": request.measurement,
+        "suite": request.suite,
+        "contestant": request.contestant,
+        "loss_function": request.loss,
+        "layers": shape.layers,
+        "batch": shape.batch,
+        "tokens": shape.tokens,
+        "knob": contestant.knob,
+    }
+    for record in measurements[request.measurement](request):
+        yield {**common, **record}
 
-    def step(index: int) -> None:
-        value = loss(batches[index % len(batches)])
-        if value.requires_grad:
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
-    started = time.perf_counter()
-    step(0)
-    _synchronize(device)
-    first = time.perf_counter() - started
-    for index in range(warmup):
-        step(index)
-    seconds, host, peaks = [], [], []
-    for index in range(steps):
-        _synchronize(device)
-        held = _reset_peak(device)
+class _Run:
+    """A model, a contestant's way to train it, an optimizer and batches."""
+
+    def __init__(self, request: Request) -> None:
+        self.device = request.device
+        if request.cap_gib is not None and self.device == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(request.cap_gib * 2**30 / total, 1.0))
+        self.shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        model = make_model(self.shape, device=self.device, dtype=dtype, fused_loss=request.loss == "fused")
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.parameters |= {b.untyped_storage().data_ptr() for b in model.buffers()}
+        self.training: Training = CONTESTANTS[request.contestant].make(model, request.inner)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=self.device == "cuda")
+        size = (self.shape.batch, self.shape.tokens + 1)
+        self.batches = [torch.randint(self.shape.vocabulary, size, device=self.device) for _ in range(4)]
+        self.saved_bytes = 0
+        self._taken = 0
+
+    def step(self) -> Tensor:
+        """One training step, or one forward where that is all the contestant does."""
+        loss = self.training.loss(self.batches[self._taken % len(self.batches)])
+        self._taken += 1
+        if loss.requires_grad:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def timed_step(self) -> tuple[float, float]:
+        """The step's loss, and its seconds, work on the device included."""
         started = time.perf_counter()
-        step(index)
-        host.append(time.perf_counter() - started)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        peaks.append(_peak(device) - held)
+        loss = self.step()
+        self.synchronize()
+        return float(loss), time.perf_counter() - started
+
+    def zero_gradients(self) -> None:
+        """Give every parameter a gradient, as after a step that dropped nothing."""
+        for parameter in self.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def make_optimizer_state(self) -> None:
+        """The state of parameters that were dropped so far must not appear as memory of a later step."""
+        self.zero_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def settle(self, warmup: int) -> None:
+        """Warm up, and go on while steps still compile something."""
+        for _ in range(warmup):
+            self.step()
+        for _ in range(_SETTLING_STEPS):
+            before = _graphs_compiled()
+            self.step()
+            if _graphs_compiled() == before:
+                break
+        self.synchronize()
+
+    def back_to_back(self, function: Callable[[], object], times: int) -> list[float]:
+        """Milliseconds of each call, none waited for: the host runs ahead of the device as in any training loop."""
+        if self.device != "cuda":
+            marks = [time.perf_counter()]
+            for _ in range(times):
+                function()
+                marks.append(time.perf_counter())
+            return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        self.synchronize()
+        events[0].record()
+        for event in events[1:]:
+            function()
+            event.record()
+        self.synchronize()
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+    def synchronized_step(self) -> tuple[float, float, float]:
+        """Milliseconds of one step, milliseconds until the host had issued it, GiB above what was held before."""
+        self.synchronize()
+        held = self.reset_peak()
+        started = time.perf_counter()
+        self.step()
+        host = time.perf_counter() - started
+        self.synchronize()
+        whole = time.perf_counter() - started
+        return 1e3 * whole, 1e3 * host, (self.peak() - held) / 2**30
+
+    def saved_gib(self) -> float:
+        """What autograd keeps for one backward, parameters and buffers not counted.
+
+        Autograd passes every tensor it saves through the hook, those of compiled code included. Several may be views of
+        one piece of memory, so each storage counts once; ``kept`` holds on to them, since no address may be used twice.
+        """
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.training.loss(self.batches[0])
+        total = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in self.parameters)
+        del loss
+        return total / 2**30
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def reset_peak(self) -> int:
+        if self.device != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
+
+def _steps(request: Request) -> Iterator[Record]:
+    """For each value of the knob: the first step where it compiles, then medians over steps; at last the optimizer alone.
+
+    The figures: ``step_ms`` from steps issued back to back, ``synchronized_ms`` and ``host_ms`` from steps that are
+    waited for, ``activation_gib`` the peak above what was held before the step (on the CPU, what autograd saved).
+    """
+    run = _Run(request)
+    recompiles = CONTESTANTS[request.contestant].recompiles
+    for index, value in enumerate(request.values):
+        try:
+            yield {"value": value, **_steps_at(run, request, value, compiles=index == 0 or recompiles)}
+        except Exception as error:
+            yield {"value": value, "error": _text(error)}
+        for parameter in run.trainable:
+            parameter.grad = None
+        gc.collect()
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
+    if CONTESTANTS[request.contestant].knob is None and request.contestant != "forward alone":
+        try:
+            run.zero_gradients()
+            for _ in range(3):
+                run.optimizer.step()
+            times = run.back_to_back(run.optimizer.step, request.steps)
+            yield {"measurement": "optimizer", "value": None, "optimizer_ms": round(statistics.median(times), 3)}
+        except Exception as error:
+            yield {"measurement": "optimizer", "value": None, "error": _text(error)}
+
+
+def _steps_at(run: _Run, request: Request, value: float | None, *, compiles: bool) -> Record:
+    if value is not None:
+        run.training.choose(value)
+    breaks = _graph_breaks()
+    graphs = _graphs_compiled()
+    first_loss, first = run.timed_step()
+    if compiles:
+        run.training.compile_all()
+        run.make_optimizer_state()
+    second_loss, _ = run.timed_step()
+    run.settle(request.warmup)
+    back_to_back = run.back_to_back(run.step, request.steps)
+    synchronized, host, peaks = zip(*(run.synchronized_step() for _ in range(request.steps)), strict=True)
+    activation = statistics.median(peaks) if run.device == "cuda" else run.saved_gib()
     return {
-        "first_step_s": round(first, 2),
-        "step_ms": round(1e3 * statistics.median(seconds), 3),
-        "step_ms_mean": round(1e3 * statistics.mean(seconds), 3),
-        "host_ms": round(1e3 * statistics.median(host), 3),
-        "activation_gib": round(statistics.median(peaks) / 2**30, 3),
+        "losses": [first_loss, second_loss],
+        "first_step_s": round(first, 3) if compiles else None,
+        "step_ms": round(statistics.median(back_to_back), 3),
+        "step_ms_mean": round(statistics.mean(back_to_back), 3),
+        "synchronized_ms": round(statistics.median(synchronized), 3),
+        "host_ms": round(statistics.median(host), 3),
+        "activation_gib": round(activation, 4) if run.device == "cuda" else activation,
+        "graphs_compiled": _graphs_compiled() - graphs,
+        "graph_breaks": _graph_breaks() - breaks,
+        **run.training.facts(),
     }
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _first_step(request: Request) -> Iterator[Record]:
+    """The first step, then everything else that later steps may need, then random patterns that may compile nothing."""
+    try:
+        run = _Run(request)
+        (value,) = request.values
+        if value is not None:
+            run.training.choose(value)
+        loss, first = run.timed_step()
+        started = time.perf_counter()
+        run.training.compile_all()
+        record: Record = {
+            "value": value,
+            "losses": [loss],
+            "first_step_s": round(first, 3),
+            "all_variants_s": round(first + time.perf_counter() - started, 3),
+            **run.training.facts(),
+        }
+        if request.patterns:
+            run.make_optimizer_state()
+            graphs, variants = _graphs_compiled(), run.training.facts().get("compiled_variants", 0)
+            for _ in range(request.patterns):
+                run.step()
+            run.synchronize()
+            record["patterns"] = request.patterns
+            record["recompiles"] = _graphs_compiled() - graphs
+            record["new_variants"] = run.training.facts().get("compiled_variants", 0) - variants
+        yield record
+    except Exception as error:
+        yield {"value": request.values[0], "error": _text(error)}
 
 
-def _reset_peak(device: str) -> int:
-    if device != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+def _length(request: Request) -> Iterator[Record]:
+    """Do steps of this length fit? The second one counts as well: the first has no optimizer state until its end."""
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    record: Record = {"value": request.values[0], "cap_gib": request.cap_gib, "allocator": allocator}
+    try:
+        run = _Run(request)
+        if request.values[0] is not None:
+            run.training.choose(request.values[0])
+        run.timed_step()
+        run.training.compile_all()
+        run.make_optimizer_state()
+        held = run.reset_peak()
+        milliseconds = [1e3 * run.timed_step()[1] for _ in range(request.steps)]
+        record |= {
+            "fits": True,
+            "step_ms": round(statistics.median(milliseconds), 1),
+            "held_gib": round(held / 2**30, 3),
+            "peak_gib": round(run.peak() / 2**30, 3),
+        }
+    except Exception as error:  # a compiler wraps what it met, so the type alone does not tell
+        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+        record |= {"fits": False, "reason": _text(error)} if full else {"error": _text(error)}
+    yield record
 
 
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+def _graphs_compiled() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def _text(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"

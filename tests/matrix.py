@@ -936,3 +936,8 @@ FAMILIES: tuple[Family, ...] = (
         note=FREEZE,
     ),
 )
+
+
+def family(name: str) -> Family:
+    """The family called ``name``."""
+    return next(entry for entry in FAMILIES if entry.name == name)

@@ -20,6 +20,7 @@ import dropbp_fx
 from benchmarks import predictions
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.inspect import Explanation, tables
+from tests.matrix import family
 from tests.test_models import CASES, IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
 
@@ -56,16 +57,16 @@ class TestWhatIsFound:
     @pytest.mark.parametrize(
         ("name", "kinds"),
         [
-            ("resnet", {"convolution"}),
-            ("gpt_neox", {"attention", "MLP"}),
+            ("ResNet", {"convolution"}),
+            ("GPT-NeoX", {"attention", "MLP"}),
             ("residual mlp", {"MLP"}),
         ],
     )
     def test_kinds_of_work(self, name: str, kinds: set[str]) -> None:
-        case = CASES[name]
+        case = CASES[name] if name in CASES else family(name)
         model = case.build().train()
         inputs = {
-            "resnet": {"pixel_values": torch.ones(2, 3, 32, 32), "labels": torch.tensor([0, 1])},
+            "ResNet": {"pixel_values": torch.ones(2, 3, 32, 32), "labels": torch.tensor([0, 1])},
             "residual mlp": {"x": X},
         }.get(name, {"input_ids": IDS, "labels": IDS})
         explanation = explain(model, **inputs, backend=dropbp_backend(inner="aot_eager"))
@@ -117,7 +118,7 @@ class TestWhatIsFound:
         assert all("neither summand" in reason for _, reason in explanation.rejected)
 
     def test_parallel_branches_share_a_region_and_split_its_figures(self) -> None:
-        model = CASES["gpt_neox"].build()
+        model = family("GPT-NeoX").build()
         explanation = explain(model, input_ids=IDS, labels=IDS, backend=dropbp_backend(inner="aot_eager"))
         attention, mlp = explanation.branches[:2]
         assert (attention.graph, attention.region) == (mlp.graph, mlp.region)

@@ -16,7 +16,8 @@ import torch
 
 import dropbp_fx
 from dropbp_fx import dropbp_backend
-from tests.test_models import CASES, ResidualMLP, X, language_loss, square_loss
+from tests.matrix import family
+from tests.test_models import ResidualMLP, X, language_loss, square_loss
 
 
 def boxed(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
@@ -66,7 +67,7 @@ def test_every_stage_is_there_for_every_inner_compiler(tmp_path: Path, inner: An
 
 
 def test_parallel_branches_have_a_folder_for_each_variant(tmp_path: Path) -> None:
-    found = dump(tmp_path, "aot_eager", CASES["gpt_neox"].build(), language_loss)
+    found = dump(tmp_path, "aot_eager", family("GPT-NeoX").build(), language_loss)
     layer = next(name.split("/joint.py")[0] for name in found if name.endswith("mlp/joint.py") and "drops" not in name)
     names = layer.partition("_")[2].split("+")
     assert names == ["gpt_neox.layers.0.attention", "gpt_neox.layers.0.mlp"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbp_fx import dropbp_backend
-from tests.matrix import FAMILIES, language_loss
+from tests.matrix import family, language_loss
 from tests.oracle import assert_exact, detached, some_patterns
 
 #: peft puts a wrapper around the model and one around that; a branch is named by where it is, which get_submodule() takes.
@@ -23,7 +23,7 @@ EVERYWHERE = [0, 1, 2, 3]
 
 def llama() -> Any:
     torch.manual_seed(1)
-    return next(family for family in FAMILIES if family.name == "Llama").build().train()
+    return family("Llama").build().train()
 
 
 def seeded_loss(model: Any) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp_fx import DropBPBackend, Ramp, Steps, Unit, WindowPattern, dropbp_backend
+from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.policy.allocation import objective
 from tests.flops import FlopCounter
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
@@ -74,6 +75,21 @@ def test_flops_are_those_of_torchs_own_counter() -> None:
             loss.backward()
     assert counter.forward == pytest.approx(forward.get_total_flops(), rel=0.02)
     assert counter.backward == pytest.approx(backward.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_whose_query_heads_share_keys_counts_as_if_they_did_not(backward: bool) -> None:
+    name = "_scaled_dot_product_flash_attention" + "_backward" * backward
+    graph = fx.Graph()
+
+    def attention(key_heads: int) -> fx.Node:
+        nodes = []
+        for heads in [8] * backward + [8, key_heads, key_heads]:
+            nodes.append(graph.placeholder("x"))
+            nodes[-1].meta["val"] = torch.empty(2, heads, 16, 32, device="meta")
+        return graph.call_function(getattr(torch.ops.aten, name).default, tuple(nodes))
+
+    assert node_flops(attention(2)) == node_flops(attention(8)) > 0
 
 
 def test_the_dropped_flops_are_budgeted_not_the_number_of_branches() -> None:

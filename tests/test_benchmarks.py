@@ -1,0 +1,250 @@
+"""The benchmarks, for correctness: small twins of their suites, without generated code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import fused_loss, plots, targets
+from benchmarks.__main__ import main
+from benchmarks.contestants import CONTESTANTS, DEFAULT, Patterns
+from benchmarks.four_bit import dequantise, four_bit_linear, quantise
+from benchmarks.longest import Search
+from benchmarks.measure import Record, Request, measure
+from benchmarks.results import ResultsFile, Run, load
+
+#: For each knob a value at which nothing is dropped.
+EXACT = {"rate": 0.0, "share": 0.5, "budget": 0.5, None: None}
+
+
+def steps(contestant: str, suite: str, **more: Any) -> list[Record]:
+    values = more.pop("values", [EXACT[CONTESTANTS[contestant].knob]])
+    request = Request("steps", contestant, suite, values, steps=1, warmup=0, inner="aot_eager", layers=2, **more)
+    return list(measure(request))
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_loss_is_the_plain_one_and_so_are_its_gradients(
+    frozen: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_loss, "_LOGITS", 50 * 16)  # three chunks, the last of them short
+    x, weight = torch.randn(37, 8, requires_grad=True), torch.randn(50, 8, requires_grad=not frozen)
+    goals = torch.randint(50, (37,))
+    plain = F.cross_entropy(x @ weight.T, goals)
+    wanted = torch.autograd.grad(3 * plain, [x] if frozen else [x, weight])
+    loss = torch.compile(fused_loss.linear_cross_entropy, backend="aot_eager", fullgraph=True) if compiled else None
+    fused = (loss or fused_loss.linear_cross_entropy)(x, weight, goals)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(torch.autograd.grad(3 * fused, [x] if frozen else [x, weight]), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close((loss or fused_loss.linear_cross_entropy)(x, weight, goals), plain)
+
+
+def test_four_bit_weights_are_close_and_linear_in_them_is_exact() -> None:
+    weight = torch.randn(32, 128)
+    packed, scales = quantise(weight)
+    unpacked = dequantise(packed, scales)
+    assert packed.numel() * 2 == weight.numel()
+    assert (unpacked - weight).abs().mean() < 0.1
+    torch.testing.assert_close(quantise(unpacked)[0], packed)
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    expected = F.linear(x, unpacked)
+    torch.testing.assert_close(four_bit_linear(x, packed, scales), expected)
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(torch.autograd.grad(four_bit_linear(x, packed, scales), x, grad), wanted)
+
+
+def test_every_contestant_gets_the_same_patterns() -> None:
+    one, other = Patterns(8), Patterns(8)
+    one.choose(0.5)
+    drawn = [one.draw() for _ in range(5)]
+    other.choose(0.5)
+    assert drawn == [other.draw() for _ in range(5)]
+    assert {len(pattern) for pattern in drawn} == {4}
+
+
+@pytest.mark.parametrize("limit", [1500, 10240, 100_000])
+def test_the_search_for_the_longest_sequence_ends_next_to_the_limit(limit: int) -> None:
+    """Memory is 10 GiB and 70 more at the limit, with a bend that the linear prediction does not know."""
+    search = Search(start=8192, cap_gib=80, multiple=256)
+    tried = 0
+    while (tokens := search.next_length()) is not None:
+        peak = 10 + 70 * (tokens / limit) ** 1.02
+        search.tell({"tokens": tokens, "fits": peak <= 80, "held_gib": 10, "peak_gib": peak})
+        tried += 1
+    assert limit - 256 <= search.fits <= limit
+    assert tried <= 9
+
+
+# ---- contestants -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eager_losses() -> list[float]:
+    return steps("eager", "tiny")[0]["losses"]
+
+
+@pytest.mark.parametrize("contestant", [name for name in CONTESTANTS if name not in ("eager", "forward alone")])
+def test_a_contestant_that_drops_nothing_trains_as_eager_does(contestant: str, eager_losses: list[float]) -> None:
+    """The second loss is after an optimizer step, so it tells of the gradients."""
+    record = steps(contestant, "tiny")[0]
+    assert "error" not in record, record
+    assert record["losses"] == pytest.approx(eager_losses, rel=1e-5)
+    assert record["step_ms"] > 0
+    assert record["activation_gib"] > 0
+
+
+@pytest.mark.parametrize("suite", ["tiny-lora", "tiny-qlora", "tiny-gpt2", "tiny-long"])
+def test_every_suites_twin_runs_with_the_fused_loss_and_saves_memory(suite: str) -> None:
+    expected = steps("eager", suite)[0]["losses"]
+    exact, dropping = steps("dropbp_fx", suite, loss="fused", values=[0.0, 0.5])
+    assert exact.get("losses") == pytest.approx(expected, rel=1e-5), exact
+    assert dropping["realised_rate"] == 0.5
+    assert dropping["activation_gib"] < 0.8 * exact["activation_gib"]
+    assert dropping["graphs_compiled"] == 0
+
+
+def test_forward_alone_saves_nothing() -> None:
+    record = steps("forward alone", "tiny")[0]
+    assert record["activation_gib"] == 0
+
+
+def test_first_steps_and_lengths_are_measured() -> None:
+    request = Request("first step", "dropbp_fx", "tiny", [0.5], inner="aot_eager", layers=2, patterns=10)
+    (first,) = measure(request)
+    assert first["all_variants_s"] >= first["first_step_s"] > 0
+    assert first["recompiles"] == first["new_variants"] == 0
+    request = Request("length", "eager", "tiny", steps=1, layers=2, batch=1, tokens=48, cap_gib=1.0)
+    (length,) = measure(request)
+    assert length["fits"]
+    assert length["tokens"] == 48
+
+
+# ---- files, targets, plots -------------------------------------------------------------------------------------------
+
+
+def synthetic() -> Run:
+    """Figures chosen so that ratios are easy to see: a forward of 30 ms, a backward of 60, an optimizer of 10."""
+    common = {"suite": "8b-lora", "loss_function": "fused", "layers": 32, "batch": 2, "tokens": 64}
+
+    def step(contestant: str, knob: str | None, value: float | None, ms: float, gib: float) -> Record:
+        figures = {"step_ms": ms, "synchronized_ms": ms, "host_ms": 1.0, "activation_gib": gib, "losses": [1.0, 1.0]}
+        return {"measurement": "steps", "contestant": contestant, "knob": knob, "value": value, "first_step_s": 1.0,
+                **common, **figures}  # fmt: skip
+
+    records = [
+        step("torch.compile", None, None, 100.0, 10.0),
+        step("forward alone", None, None, 30.0, 0.5),
+        step("eager", None, None, 150.0, 15.0),
+        step("checkpointing", "share", 1.0, 130.0, 1.0),
+        step("checkpointing", "share", 0.5, 115.0, 5.0),
+        step("dropbp_fx", "rate", 0.0, 99.0, 10.0),
+        step("dropbp_fx", "rate", 0.5, 70.0, 5.5),
+        step("dropbp_fx", "rate", 0.875, 50.0, 0.9),
+        {**common, "measurement": "optimizer", "contestant": "torch.compile", "knob": None, "value": None,
+         "optimizer_ms": 10.0},
+        {**common, "measurement": "steps", "contestant": "memory budget", "knob": None, "value": None, "error": "Full."},
+    ]  # fmt: skip
+    return Run("python -m benchmarks run 8b-lora", "a machine", {"torch": "2.11"}, "abc", "now", records)
+
+
+def test_targets_are_ratios_of_one_runs_figures(tmp_path: Path) -> None:
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:6]] for line in
+            targets.table([synthetic()]).splitlines()}  # fmt: skip
+    assert rows["step at rate 0 / torch.compile's"][1:] == ["0.990", "<= 1.00", "met"]
+    assert rows["step at rate 0.5 / the floor F + (1-p)(T0-F-O) + O"][1:] == ["1.000", "<= 1.00", "met"]
+    assert rows["step at rate 0.875 / the floor F + (1-p)(T0-F-O) + O"][1:] == ["1.053", "<= 1.00", "missed"]
+    assert rows["activation memory at .875 / torch.compile's, fused loss"][1:] == ["0.090", "<= 0.08", "missed"]
+    assert rows["step at .875 / checkpointing's with no less memory"][1:] == ["0.385", "<= 0.40", "met"]
+    assert rows["tokens a second at .875 / eager's, 8B LoRA"][1:] == ["3.000", ">= 2.60", "met"]
+    assert rows["step at .875 / memory budget's with no less memory"][1:] == ["", "<= 0.40", "not measured"]
+    apart = [synthetic(), synthetic()]
+    apart[0].records = [r for r in apart[0].records if r["contestant"] == "dropbp_fx"]
+    apart[1].records = [r for r in apart[1].records if r["contestant"] != "dropbp_fx"]
+    assert "| met" not in targets.table(apart)  # figures of two runs make no ratio
+
+
+def test_a_run_writes_a_file_that_compare_and_plot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "results.json", tmp_path / "plot.svg"
+    options = ["--steps", "1", "--warmup", "0", "--device", "cpu", "--inner", "aot_eager", "--layers", "2"]
+    main(["run", "tiny", "--contestants", "eager", "dropbp_fx", "--rates", "0.5", *options, "--out", str(out)])
+    (run,) = load(out)
+    assert [(r["contestant"], r["measurement"]) for r in run.records] == [
+        ("eager", "steps"), ("eager", "optimizer"), ("dropbp_fx", "steps"),
+    ]  # fmt: skip
+    assert run.machine
+    assert run.commit
+    assert run.versions["torch"] == str(torch.__version__)
+    main(
+        ["run", "tiny", "--contestants", "eager", "--device", "cpu", "--time-limit", "0", "--out", str(out), "--append"]
+    )
+    first, second = load(out)
+    assert first.records == run.records
+    assert "time limit" in second.records[0]["error"]
+    capsys.readouterr()
+    main(["compare", str(out)])
+    assert "step at rate 0 / torch.compile's" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    main(["plot", str(out), "--out", str(picture)])
+    assert "dropbp_fx" in picture.read_text()
+
+
+def test_a_contestant_that_fails_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    main(["run", "tiny", "--contestants", "eager", "--device", "cpu", "--batch", "-1", "--out", str(out)])
+    assert "status 1" in load(out)[0].records[0]["error"]
+
+
+def test_plots_of_failures_alone_say_that_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    run = synthetic()
+    run.records = run.records[-1:]
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="There is nothing to draw"):
+        plots.draw([run], tmp_path / "plot.svg")
+
+
+def test_a_file_that_lacks_something_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run = synthetic()
+    file = ResultsFile(path, run)
+    file.write()
+    assert load(path) == [run]
+    del run.records[0]["step_ms"]
+    file.write()
+    with pytest.raises(ValueError, match=r"lacks step_ms: "):
+        load(path)
+    path.write_text(json.dumps({"results": []}))
+    with pytest.raises(ValueError, match='must hold an object with a list of "runs"'):
+        load(path)
+
+
+def test_a_run_goes_on_only_under_the_same_conditions(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    ResultsFile(path, synthetic()).write()
+    again = synthetic()
+    ResultsFile(path, again, go_on=True).add(again.records[:1])
+    (run,) = load(path)
+    assert len(run.records) == len(again.records) + 1
+    again.commit = "def"
+    with pytest.raises(ValueError, match="its commit was abc and is now def"):
+        ResultsFile(path, again, go_on=True)
+    ResultsFile(path, again, append=True).write()
+    assert [run.commit for run in load(path)] == ["abc", "def"]
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    for command in ("run", "first-step", "longest", "compare", "plot"):
+        assert command in shown
+    assert set(DEFAULT) <= set(CONTESTANTS)
