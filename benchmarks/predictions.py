@@ -20,7 +20,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import SHAPES, Llama
+from benchmarks.models import Llama
+from benchmarks.suites import SUITES
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.graph.cost import operator_flops
 
@@ -194,7 +195,7 @@ def compare_results(path: Path) -> list[dict[str, Any]]:
         if result["contestant"] in ("torch.compile", "dropbp_fx")
         for rate, figures in result["rates"].items()
     }
-    shape = SHAPES[results[0]["shape"]]
+    shape = SUITES[results[0]["shape"]]
     with torch.device("meta"):
         model = Llama(shape).to(torch.bfloat16)
         ids = torch.zeros(shape.batch, shape.tokens + 1, dtype=torch.long)

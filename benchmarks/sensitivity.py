@@ -24,7 +24,8 @@ from scipy import stats
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.models import SHAPES, Llama, Shape
+from benchmarks.models import Llama, Shape
+from benchmarks.suites import SUITES
 from dropbp_fx import DropBPBackend, _torch, dropbp_backend
 
 _GPU_COST = Shape(24, 2048, 8192, 16, 32000, 2, 2048)
@@ -38,12 +39,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner", default="inductor")
     parser.add_argument("--points", nargs="+", type=int, default=[50, 200, 600], help="training steps to rank at")
-    parser.add_argument("--shape", choices=SHAPES, help="measure the cost on this shape")
+    parser.add_argument("--shape", choices=SUITES, help="measure the cost on this shape")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     device, inner = arguments.device, arguments.inner
     on_gpu = device == "cuda"
-    cost_shape = SHAPES[arguments.shape] if arguments.shape else (_GPU_COST if on_gpu else _CPU_COST)
+    cost_shape = SUITES[arguments.shape] if arguments.shape else (_GPU_COST if on_gpu else _CPU_COST)
     cost = _cost(cost_shape, device, inner)
     print(tabulate(cost.items(), tablefmt="github"), flush=True)
     ranking: list[dict[str, Any]] = []
