@@ -35,13 +35,10 @@ def sample_patterns(
 
 
 def _unit(rate: float, name: str, group: Sequence[Droppable]) -> Unit:
-    """A unit with as much of what is known as the policy takes."""
-    known = {
-        "rate": rate,
-        "trainable": any(branch.trainable for branch in group),
-        "flops": float(sum(branch.flops for branch in group)),
-        "layer": group[0].layer,
-        "name": name,
-    }
-    fields = {field.name for field in dataclasses.fields(Unit)}
-    return Unit(**{key: value for key, value in known.items() if key in fields})  # type: ignore[arg-type]
+    return Unit(
+        rate=rate,
+        trainable=any(branch.trainable for branch in group),
+        flops=float(sum(branch.flops for branch in group)),
+        layer=group[0].layer,
+        name=name,
+    )
