@@ -14,11 +14,12 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp_fx import DropBPBackend, Ramp, Steps, Unit, WindowPattern, dropbp_backend
+from dropbp_fx import DropBPBackend, Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.policy.allocation import objective
 from tests.flops import FlopCounter
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
+from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
 from tests.test_models import IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
@@ -170,6 +171,29 @@ def test_allocation_by_sensitivity_follows_a_calibration_and_holds_the_flops_bud
     for branch in backend.branches:
         assert branch.realised_rate == pytest.approx(branch.rate, abs=0.13)
     assert backend.stats.realised_flops_rate == pytest.approx(0.5, abs=0.05)
+
+
+def test_on_measured_sensitivities_a_greedy_rule_of_tenths_is_never_better() -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 6}))
+    backend, run = compile_model(model)
+    for metric in ("gradnorm", "gradient"):
+        values = backend.calibrate(lambda: language_loss(run), metric=metric, batches=2).values  # type: ignore[arg-type]
+        flops = [float(branch.backward_flops) for branch in backend.branches]
+        for rate in (0.25, 0.5, 0.75):
+            theirs = greedy(values, flops, rate)
+            ours = allocate(values, flops, rate, max_rate=0.9)
+            assert objective(values, ours) < objective(values, theirs)
+            reached = sum(r * f for r, f in zip(theirs, flops, strict=True)) / sum(flops)
+            equal = allocate(values, flops, reached, max_rate=0.9)
+            assert objective(values, equal) <= objective(values, theirs) * (1 + 1e-9)
+
+
+def test_an_explanation_of_a_backend_shows_measured_sensitivities_and_rates() -> None:
+    backend, run = compile_model(ResidualMLP(), allocation="sensitivity")
+    found = backend.calibrate(lambda: square_loss(run))
+    explained = explain(backend).branches
+    assert [branch.sensitivity for branch in explained] == list(found.values)
+    assert [branch.rate for branch in explained] == list(backend.rates.values())
 
 
 def test_allocation_survives_a_resume_and_a_new_rate() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -91,9 +91,11 @@ def _explained(
     inner = backend._config.inner
     costs = CostModel(_torch.inductor_decompositions() if inner == "inductor" else None)
     table = {branch.index: branch for branch in backend.branches}
+    measured = backend.sensitivity
+    sensitivities = {} if measured is None else dict(zip(measured.names, measured.values, strict=True))
     explained: dict[int, ExplainedBranch] = {}
     for number, graph in enumerate(graphs):
-        for branch in _branches_of(number, graph, table, costs):
+        for branch in _branches_of(number, graph, table, sensitivities, costs):
             known = explained.get(branch.index)
             if known is None or (branch.droppable and not known.droppable):
                 explained[branch.index] = branch
@@ -111,7 +113,7 @@ def _explained(
 
 
 def _branches_of(
-    number: int, graph: CapturedGraph, table: dict[int, Branch], costs: CostModel
+    number: int, graph: CapturedGraph, table: dict[int, Branch], sensitivities: Mapping[str, float], costs: CostModel
 ) -> list[ExplainedBranch]:
     """Every branch of a graph. Branches of regions that share their code are measured once."""
     place = {
@@ -151,7 +153,7 @@ def _branches_of(
                 parameters=facts.parameters,
                 trainable_parameters=facts.trainable_parameters,
                 rate=branch.rate,
-                sensitivity=getattr(branch, "sensitivity", None),
+                sensitivity=sensitivities.get(branch.name),
                 **measured,
             )
         )
