@@ -245,7 +245,7 @@ class TestNothingIsTouched:
         with torch.device("meta"):
             on_meta = llama()
         with FakeTensorMode():
-            fake, ids = llama(), torch.zeros(2, 12, dtype=torch.long)
+            fake, ids = llama(), torch.zeros(IDS.shape, dtype=torch.long)
         backend = dropbp_backend(inner="aot_eager")
         real = explain(llama(), input_ids=IDS, labels=IDS, backend=backend)
         for model, inputs in ((on_meta, IDS.to("meta")), (fake, ids)):

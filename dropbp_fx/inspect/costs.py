@@ -13,7 +13,6 @@ from dropbp_fx.graph.branches import storage_of
 from dropbp_fx.graph.cost import SavedValues, graph_flops, memory_bytes, saved_values
 from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.dispatch import warmup_patterns
-from dropbp_fx.runtime.plan import decide
 from dropbp_fx.runtime.variants import RegionVariants, VariantKey
 
 _NOTHING_SAVED = SavedValues(0, frozenset(), ())
@@ -90,7 +89,7 @@ class CostModel:
         shared: dict[object, int] = {}
         forward = backward = inner = 0
         for region, variants, decision in zip(
-            program.regions, graph.variants, decide(program, graph.variants, dropped), strict=True
+            program.regions, graph.variants, graph.planner.decide(dropped), strict=True
         ):
             cost = self.region(variants, decision.key)
             forward += cost.forward_flops
@@ -109,9 +108,7 @@ class CostModel:
         return frozenset(
             (variants, decision.key)
             for pattern in warmup_patterns(graph.program)
-            for variants, decision in zip(
-                graph.variants, decide(graph.program, graph.variants, frozenset(pattern)), strict=True
-            )
+            for variants, decision in zip(graph.variants, graph.planner.decide(pattern), strict=True)
         )
 
 

@@ -15,7 +15,6 @@ from dropbp_fx.inspect.costs import CostModel
 from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.runtime.captured import CapturedGraph
-from dropbp_fx.runtime.plan import decide
 
 
 def explain(
@@ -121,7 +120,7 @@ def _branches_of(
         for position, region in enumerate(graph.program.regions)
         for label, branch in enumerate(region.branches)
     }
-    kept = decide(graph.program, graph.variants, ())
+    kept = graph.planner.decide(())
     figures: dict[Hashable, dict[str, int]] = {}
     explained: list[ExplainedBranch] = []
     number_of = {index: position for position, index in enumerate(graph.indices)}
@@ -131,7 +130,7 @@ def _branches_of(
         if index in number_of:
             region, label = place[number_of[index]]
             variants = graph.variants[region]
-            alone = decide(graph.program, graph.variants, (number_of[index],))[region]
+            alone = graph.planner.decide((number_of[index],))[region]
             key = (variants, label, kept[region].key, alone.key)
             if key not in figures:
                 figures[key] = {

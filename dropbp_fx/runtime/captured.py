@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from dropbp_fx.graph.describe import BranchFacts
 from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
 
 
@@ -27,3 +29,8 @@ class CapturedGraph:
     indices: tuple[int, ...]
     facts: Mapping[int, BranchFacts]
     rejected: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def planner(self) -> Planner:
+        """Decides what the regions do in any pattern."""
+        return Planner(self.program, self.variants)

@@ -273,13 +273,6 @@ class Planner:
         return found
 
 
-def decide(
-    program: RegionProgram, variants: Sequence[RegionVariants], dropped: Collection[int]
-) -> tuple[Decision, ...]:
-    """:meth:`Planner.decide`, for a single pattern."""
-    return Planner(program, variants).decide(dropped)
-
-
 def _last_reads(program: RegionProgram, returned: Collection[int]) -> tuple[dict[int, int], list[tuple[int, ...]]]:
     """For every slot that dies the region after which it does; for every region the slots that die after it."""
     kept = set(returned) | set(program.constants)
