@@ -309,7 +309,7 @@ class DropBPBackend:
                 saved = variant.gradient_flops() - variant.gradient_flops(frozenset({label}))
                 schedule.branches[graph.indices[branch]].backward_flops = saved
         schedule.assign()
-        runner = RegionRunner(graph.program, graph.variants, _GraphPolicy(self._state, graph.indices))
+        runner = RegionRunner(graph, _GraphPolicy(self._state, graph.indices))
         self._state.runners.append(runner)
         self._state.graphs.append(graph)
         if graph.program.has_symbols:

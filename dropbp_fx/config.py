@@ -11,7 +11,7 @@ from typing import Any, get_args
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import Drop
 from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
-from dropbp_fx.policy.ramps import RateSchedule, checked_schedule
+from dropbp_fx.policy.ramps import RateSchedule, checked_schedule, is_number
 from dropbp_fx.policy.rates import Allocation
 from dropbp_fx.policy.schedule import Granularity
 from dropbp_fx.runtime.compiler import InnerCompiler
@@ -140,7 +140,7 @@ def checked_max_rate(rate: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if not is_number(rate):
         raise TypeError(f"max_rate must be a number in (0, 1), not {rate!r}.")
     if not 0 < rate < 1:
         raise ValueError(f"max_rate must be in (0, 1), not {rate!r}: it is the highest rate that any branch is given.")
@@ -154,7 +154,7 @@ def checked_rate(rate: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if not is_number(rate):
         raise TypeError(f"rate must be a number in [0, 1), not {rate!r}.")
     if not (math.isfinite(rate) and 0 <= rate < 1):
         raise ValueError(

@@ -75,6 +75,11 @@ def checked_schedule(schedule: Any) -> str | RateSchedule:
     return schedule  # type: ignore[no-any-return]
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number; ``True`` and ``False`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def checked_scheduled_rate(rate: Any, progress: float) -> float:
     """What a schedule returned, as a rate.
 
@@ -82,7 +87,7 @@ def checked_scheduled_rate(rate: Any, progress: float) -> float:
         TypeError: it is no number.
         ValueError: it is not in [0, 1).
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if not is_number(rate):
         raise TypeError(f"The schedule returned {rate!r} at progress {progress:g}; it must return a rate in [0, 1).")
     if not (math.isfinite(rate) and 0 <= rate < 1):
         raise ValueError(f"The schedule returned {rate!r} at progress {progress:g}; a rate must be in [0, 1).")
@@ -96,7 +101,7 @@ def checked_progress(progress: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if isinstance(progress, bool) or not isinstance(progress, (int, float)):
+    if not is_number(progress):
         raise TypeError(f"progress must be a number in [0, 1], not {progress!r}.")
     if not 0 <= progress <= 1:
         raise ValueError(

@@ -161,9 +161,7 @@ class Schedule:
 
     # ---- what the compiled graphs call -----------------------------------------------------------------------------
 
-    def meet(
-        self, name: str, layer: str, *, trainable: bool, droppable: bool, backward_flops: int | None = None
-    ) -> Branch:
+    def meet(self, name: str, layer: str, *, trainable: bool, droppable: bool) -> Branch:
         """Enter a branch of a newly compiled graph into the table.
 
         Raises:
@@ -182,8 +180,6 @@ class Schedule:
                 self._expected.discard(name)
             branch.trainable |= trainable
             branch.droppable |= droppable
-            if backward_flops is not None:
-                branch.backward_flops = backward_flops
             self.assign()
             for override in self._thread.overrides:
                 override.unmet -= {branch.name, branch.index}
@@ -311,13 +307,8 @@ class Schedule:
     def _scale(self, index: int) -> float:
         """1 / (1 - how often the branch is dropped): kept gradients times this are right on average."""
         if self._scales is None:
-            groups = self._units([b for b in self.branches if b.droppable])
-            often = frequencies(self.pattern, [unit for unit, _ in groups])
-            self._scales = {
-                member: 1.0 / (1.0 - share) if share < 1 else 1.0
-                for share, (_, members) in zip(often, groups, strict=True)
-                for member in members
-            }
+            often = self._frequencies()
+            self._scales = {index: 1.0 / (1.0 - share) if share < 1 else 1.0 for index, share in often.items()}
         return self._scales.get(index, 1.0)
 
     def _extend(self, current: _Round) -> None:
@@ -350,12 +341,14 @@ class Schedule:
 
     def attainable_rate(self) -> float:
         """The share of droppable branches that the pattern drops in the long run."""
+        often = self._frequencies()
+        return sum(often.values()) / len(often) if often else 0.0
+
+    def _frequencies(self) -> dict[int, float]:
+        """How often the pattern drops each droppable branch, by index."""
         groups = self._units([b for b in self.branches if b.droppable])
         often = frequencies(self.pattern, [unit for unit, _ in groups])
-        size = sum(len(indices) for _, indices in groups)
-        return (
-            sum(share * len(indices) for share, (_, indices) in zip(often, groups, strict=True)) / size if size else 0.0
-        )
+        return {index: share for share, (_, indices) in zip(often, groups, strict=True) for index in indices}
 
     def realised_rate(self) -> float:
         """The share of (branch, training forward) pairs that was dropped, of those that could be."""

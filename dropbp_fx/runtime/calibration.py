@@ -82,10 +82,9 @@ class Calibration:
 
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
         """Run a training step's region behind a border."""
-        recomputing = _torch.in_backward()
         streams = RandomStreams.now() if branches else None
         record, outputs = run_isolated(step, variants, branches, values, self)
-        if not recomputing:
+        if not _torch.in_backward():  # a checkpoint's recomputation is thrown away
             self._records.append(record)
             if streams is not None:
                 self._random[id(record)] = streams

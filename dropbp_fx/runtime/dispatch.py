@@ -14,10 +14,10 @@ from torch import Tensor
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
+from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.observation import Observation
-from dropbp_fx.runtime.plan import Planner, Step
+from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
-from dropbp_fx.runtime.variants import RegionVariants
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
 _PLANS_KEPT = 256
@@ -62,23 +62,21 @@ class RegionRunner:
     """The callable that Dynamo runs in place of a training graph.
 
     Args:
-        program: the graph's regions.
-        variants: the compiled variants of each region, in the same order; equal regions share one object.
+        graph: its regions and their variants.
         policy: asked at each forward.
     """
 
     def __init__(
         self,
-        program: RegionProgram,
-        variants: Sequence[RegionVariants],
+        graph: CapturedGraph,
         policy: Policy,
     ) -> None:
-        self._program = program
-        self._variants = tuple(variants)
-        self._planner = Planner(program, variants)
+        self._program = graph.program
+        self._variants = graph.variants
+        self._planner = graph.planner
         self._policy = policy
         self._scales: dict[int, tuple[float, Tensor]] = {}
-        self._memory = PatternMemory(program.examples)
+        self._memory = PatternMemory(graph.program.examples)
         self._plans: collections.OrderedDict[frozenset[int], tuple[Step, ...]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
