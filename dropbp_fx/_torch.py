@@ -17,6 +17,8 @@ uses public APIs and the functions below.
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
+| ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
+| ``torch.utils._python_dispatch._disable_current_modes`` | a variant is compiled apart from the user's dispatch modes |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
@@ -27,6 +29,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -42,11 +45,13 @@ JointPass = Callable[[fx.Graph], None]
 @contextlib.contextmanager
 def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
     """Give one region its own tracing context: AOTAutograd writes per-graph metadata into the current one, and a
-    variant compiled after Dynamo has returned has none.
+    variant compiled after Dynamo has returned has none. Such a variant may also be compiled under the user's dispatch modes
+    (a selective checkpoint's, for one), which Dynamo takes off before it calls a backend.
     """
     from torch._guards import TracingContext, tracing
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    with tracing(TracingContext(fake_mode)):
+    with _disable_current_modes(), tracing(TracingContext(fake_mode)):
         yield
 
 
@@ -434,10 +439,55 @@ def saved_tensor_hooks_are_set() -> bool:
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
 
 
-def in_checkpoint_recomputation() -> bool:
-    """Whether this thread is recomputing a non-reentrant ``torch.utils.checkpoint`` (its hooks are the topmost)."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return bool(hooks) and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+@dataclasses.dataclass(frozen=True)
+class CheckpointCall:
+    """One non-reentrant ``torch.utils.checkpoint`` that is running, or running again inside a backward.
+
+    Attributes:
+        frame: what PyTorch knows the checkpoint by, the same object for the forward and all its recomputations.
+        run: tells its runs apart.
+        recomputes: whether this is a recomputation.
+    """
+
+    frame: Any
+    run: Any
+    recomputes: bool
+
+
+def running_checkpoints() -> tuple[CheckpointCall, ...]:
+    """The non-reentrant checkpoints around this point of this thread, innermost first.
+
+    Raises:
+        RuntimeError: PyTorch's checkpoints do not look as they did in the releases this was written for.
+    """
+    autograd: Any = torch._C._autograd
+    stack: list[tuple[Any, Any]] = []
+    try:
+        while saved_tensor_hooks_are_set():
+            stack.append(autograd._top_saved_tensors_default_hooks(True))
+            autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(stack):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return tuple(call for pack, _ in stack if (call := _checkpoint_call(pack)) is not None)
+
+
+def _checkpoint_call(pack: Any) -> CheckpointCall | None:
+    """The checkpoint whose hook packs saved tensors, ``None`` if it is somebody else's hook."""
+    name = getattr(pack, "__qualname__", "")
+    recomputes = "_recomputation_hook." in name
+    if not recomputes and "_checkpoint_hook." not in name:
+        return None
+    own = inspect.unwrap(pack)
+    cells = dict(zip(own.__code__.co_freevars, own.__closure__ or (), strict=True))
+    cell = cells.get("target_frame_ref" if recomputes else "frame")
+    frame = None if cell is None else cell.cell_contents() if recomputes else cell.cell_contents
+    if frame is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not say which torch.utils.checkpoint a compiled block is run in, so the "
+            "pattern of its forward cannot be repeated when it is recomputed. Compile the model with the checkpoints inside."
+        )
+    return CheckpointCall(frame, own, recomputes)
 
 
 def checkpoint_operator() -> Any:
@@ -477,7 +527,11 @@ _HOOKS = (
     ("torch._guards", "TracingContext"),
     ("torch._logging._internal", "trace_structured"),
     ("torch._subclasses.fake_tensor", "FakeCopyMode"),
+    ("torch.utils._python_dispatch", "_disable_current_modes"),
     ("torch._C", "_current_graph_task_id"),
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    ("torch.utils.checkpoint", "_checkpoint_hook"),
+    ("torch.utils.checkpoint", "_recomputation_hook"),
     ("functorch.compile", "min_cut_rematerialization_partition"),
 )
 

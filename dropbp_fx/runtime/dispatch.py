@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +76,7 @@ class RegionRunner:
         self._planner = graph.planner
         self._policy = policy
         self._scales: dict[int, tuple[float, Tensor]] = {}
-        self._memory = PatternMemory(graph.program.examples)
+        self._memory = PatternMemory()
         self._plans: collections.OrderedDict[frozenset[int], tuple[Step, ...]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -84,8 +84,7 @@ class RegionRunner:
         calibration = self._policy.calibration()
         if calibration is not None:
             return self._calibrate(calibration, arguments)
-        key = self._memory.key(arguments)
-        drawn, observation = self._drawn(key)
+        drawn, observation = self._drawn()
         steps = self._plan(drawn.dropped)
         values = self._values(arguments, drawn.scales)
         del arguments
@@ -94,9 +93,7 @@ class RegionRunner:
                 _run_step(step, values)
             else:
                 self._run_behind_border(step, values, observation)
-        outputs = self._outputs(values)
-        self._memory.remember(key, outputs, drawn)
-        return outputs
+        return self._outputs(values)
 
     def _calibrate(self, calibration: Calibration, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
@@ -135,19 +132,14 @@ class RegionRunner:
     def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
 
-    def _drawn(self, key: Hashable) -> tuple[Drawn, Observation | None]:
-        if _torch.in_backward():
-            repeated = self._memory.recall(key)
-            if repeated is not None:
-                return repeated, None
-            if _torch.in_checkpoint_recomputation():
-                raise RuntimeError(
-                    "A checkpointed block is being recomputed on other tensors than its forward read, so the pattern of "
-                    "that forward cannot be told. Do not move a checkpoint's inputs between forward and backward, or "
-                    "compile the model with the checkpoints inside."
-                )
-        drawn = self._policy.draw()
-        return drawn, self._policy.observation()
+    def _drawn(self) -> tuple[Drawn, Observation | None]:
+        around = _torch.running_checkpoints()
+        drawn, observation = self._memory.recall(around), None
+        if drawn is None:
+            drawn = self._policy.draw()
+            observation = self._policy.observation()
+        self._memory.note(around, drawn)
+        return drawn, observation
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""
