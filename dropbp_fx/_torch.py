@@ -571,7 +571,14 @@ def _source_name(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
-def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn.Module]:
+class Owned(NamedTuple):
+    """A parameter or buffer as a graph input: the outermost module it was reached through, and itself, if it can be told."""
+
+    module: torch.nn.Module
+    value: Any
+
+
+def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
     """Find for each parameter or buffer the outermost module it was reached through, and guard on its training mode.
 
     Dynamo guards on ``module.training`` only where the traced code reads it. A graph that never did would go on
@@ -592,25 +599,24 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
     except AttributeError:  # thread-local not set: not inside Dynamo
         return {}
     scope = {"L": output.local_scope, "G": output.global_scope}
-    module_of: dict[str, torch.nn.Module | None] = {}
+    values: dict[str, Any] = {}
 
-    def evaluate(name: str) -> torch.nn.Module | None:
-        if name not in module_of:
+    def evaluate(name: str) -> Any:
+        if name not in values:
             try:
-                value = eval(name, scope)
+                values[name] = eval(name, scope)
             except Exception:  # an expression that only Dynamo's guards can evaluate
-                value = None
-            module_of[name] = value if isinstance(value, torch.nn.Module) else None
-        return module_of[name]
+                values[name] = None
+        return values[name]
 
     guarded: set[str] = set()
-    found: dict[fx.Node, torch.nn.Module] = {}
+    found: dict[fx.Node, Owned] = {}
     for node in placeholders:
-        source = getattr(node.meta.get("grapharg"), "source", None)
+        own = source = getattr(node.meta.get("grapharg"), "source", None)
         outermost: tuple[Any, torch.nn.Module] | None = None
         while source is not None:
             module = evaluate(_source_name(source))
-            if module is not None:
+            if isinstance(module, torch.nn.Module):
                 outermost = (source, module)
             source = getattr(source, "base", None)
         if outermost is None:
@@ -620,7 +626,7 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
         if name not in guarded:
             guarded.add(name)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
-        found[node] = module
+        found[node] = Owned(module, evaluate(_source_name(own)))
     return found
 
 
