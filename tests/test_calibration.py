@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dropbp_fx import DropBPBackend, Sensitivity, dropbp_backend
 from dropbp_fx.runtime.calibration import Calibration
 from tests.flops import FlopCounter
+from tests.helpers import compile_model
 from tests.oracle import DetachPoint, eager
 from tests.test_models import IDS, SMALL, ResidualMLP, language_loss, square_loss
 
@@ -46,11 +47,6 @@ def brute_force(model: nn.Module, loss_of: Loss, points: Sequence[DetachPoint], 
     """One whole eager step for each branch."""
     exact = eager(model, loss_of, []).gradients
     return [measure(exact, eager(model, loss_of, [point]).gradients, metric) for point in points]
-
-
-def compile_model(model: nn.Module, **options: Any) -> tuple[DropBPBackend, Any]:
-    backend = dropbp_backend(**{"inner": "aot_eager", "seed": 0, **options})
-    return backend, torch.compile(model, backend=backend)
 
 
 @dataclasses.dataclass(frozen=True)

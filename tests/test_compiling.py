@@ -16,6 +16,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from dropbp_fx import dropbp_backend
+from tests.helpers import compile_model, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 from tests.test_models import SMALL, ResidualMLP, square_loss
 
@@ -53,19 +54,8 @@ def test_two_hundred_random_patterns_compile_nothing_new() -> None:
 
 
 def test_after_warmup_the_inner_compilers_are_never_called_again() -> None:
-    calls: list[str] = []
-
-    def forward(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
-        calls.append("forward")
-        return gm.forward
-
-    def backward(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
-        calls.append("backward")
-        return gm.forward
-
-    model = ResidualMLP()
-    backend = dropbp_backend(0.5, inner=(forward, backward), seed=0)
-    run = torch.compile(model, backend=backend)
+    calls, compilers = recording_compilers()
+    backend, run = compile_model(ResidualMLP(), inner=compilers)
     loss = square_loss(run)
     backend.warmup()
     compiled_in_advance = list(calls)
