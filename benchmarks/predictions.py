@@ -240,7 +240,8 @@ def compare_results(path: Path) -> list[dict[str, Any]]:
 
 
 def error(predicted: float, measured: float) -> str:
-    return f"{100 * (predicted - measured) / measured:+.1f} %"
+    """In percent of what was measured."""
+    return f"{100 * (predicted - measured) / measured:+.1f}"
 
 
 def main() -> None:
@@ -273,10 +274,10 @@ def main() -> None:
             "dropped",
             "GFLOPs, predicted",
             "measured",
-            "error",
+            "error, %",
             "saved MiB, predicted",
             "measured",
-            "error",
+            "error, %",
         ]
         print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
     against = [row for path in arguments.results for row in compare_results(path)]
@@ -294,8 +295,8 @@ def main() -> None:
             ]
             for row in against
         ]
-        headers = ["shape", "rate", "step cost, predicted", "measured", "error"]
-        headers += ["GiB saved, predicted", "measured", "error"]
+        headers = ["shape", "rate", "step cost, predicted", "measured", "error, %"]
+        headers += ["GiB saved, predicted", "measured", "error, %"]
         print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 

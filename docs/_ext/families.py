@@ -21,6 +21,8 @@ from dropbp_fx import _torch
 from dropbp_fx.inspect import Explanation, huggingface, tables
 
 _ROOT = Path(__file__).parent.parent.parent
+#: Columns that are the same in every row of the atlas: everything is trained, at the default rate.
+_LEFT_OUT = ("trainable", "rate")
 _SOURCES = ("dropbp_fx/**/*.py", "tests/matrix.py", "docs/_ext/*.py")
 
 
@@ -81,7 +83,8 @@ def explain_model_type(model_type: str, settings: list[str], *, batch: int, toke
 def entry_of(explanation: Explanation, dropped: int | None) -> Entry:
     """What is shown of an explanation; ``dropped`` is the branch of the drawn layer that the picture drops."""
     headers, rows = tables.shown_columns(explanation)
-    entry = Entry(tables.headline(explanation), headers, rows)
+    shown = [column for column, header in enumerate(headers) if header not in _LEFT_OUT]
+    entry = Entry(tables.headline(explanation), [headers[c] for c in shown], [[row[c] for c in shown] for row in rows])
     layers = explanation.layers()
     if dropped is None or not layers:
         return entry

@@ -110,10 +110,7 @@ def _folded(title: str, svg: str) -> nodes.Node:
     svg = re.sub(
         r'<svg width="(\d+)pt" height="\d+pt"', r'<svg style="width:\1px;max-width:100%;height:auto"', svg, count=1
     )
-    rules = ".atlas-graph text:not([fill]){fill:var(--color-foreground-primary)}.atlas-graph a{text-decoration:none}"
-    style = f"<style>{rules} table.atlas{{font-size:.8em}}</style>"
-    body = f'{style}<div style="overflow-x:auto">{svg}</div>'
-    text = f'<details class="atlas-graph"><summary>{title}</summary>{body}</details>'
+    text = f'<details class="atlas-graph"><summary>{title}</summary><div>{svg}</div></details>'
     return nodes.raw("", text, format="html")
 
 
