@@ -287,7 +287,6 @@ class TestNothingIsTouched:
 
 LARGE = """
 import resource, sys, time
-started = time.perf_counter()
 import torch, transformers as hf
 import dropbp_fx
 config = hf.LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
@@ -298,7 +297,7 @@ with torch.device("meta"):
 explanation = dropbp_fx.explain(model, input_ids=ids, labels=ids)
 text = str(explanation)
 print(len(explanation.branches), explanation.unique_regions, explanation.parameters,
-      time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+      time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
@@ -309,7 +308,7 @@ def test_seventy_billion_parameters_in_a_minute_and_two_gibibytes() -> None:
     assert (int(branches), int(unique)) == (160, 4), "identical layers are traced once"
     assert int(parameters) == 70_553_706_496
     assert float(gibibytes) < 2
-    assert float(seconds) < 60, f"{seconds} s"
+    assert float(seconds) < 60, f"{seconds} s of one core, imports included"
 
 
 class TestTables:
