@@ -106,19 +106,21 @@ def _entry_of_family(name: str) -> Entry:
         return Entry(f"Not to be explained without data: {error}")
 
 
-def entries(names: Sequence[str], store: Path, processes: int) -> dict[str, Entry]:
-    """The entries of the named families, from the file ``store`` where nothing has changed since it was written."""
+def update(store: Path, processes: int) -> None:
+    """Explain every family into the file ``store``, unless it is there and no source has changed since."""
     sources = sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern))
-    state = hashlib.sha256(
-        b"".join(path.read_bytes() for path in sources) + repr(_torch.versions()).encode()
-    ).hexdigest()
+    texts = b"".join(path.read_bytes() for path in sources)
+    state = hashlib.sha256(texts + repr(_torch.versions()).encode()).hexdigest()
     kept = json.loads(store.read_text()) if store.exists() else {}
-    found = kept["entries"] if kept.get("state") == state else {}
-    missing = [name for name in names if name not in found]
-    if missing:
-        matrix()  # imported once: the processes are forks of this one
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-            made = zip(missing, pool.map(_entry_of_family, missing), strict=True)
-            found |= {name: dataclasses.asdict(entry) for name, entry in made}
-        store.write_text(json.dumps({"state": state, "entries": found}))
-    return {name: Entry(**found[name]) for name in names}
+    if kept.get("state") == state:
+        return
+    names = [family.name for family in matrix().FAMILIES]  # imported once: the processes are forks of this one
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        found = dict(zip(names, map(dataclasses.asdict, pool.map(_entry_of_family, names)), strict=True))
+    store.write_text(json.dumps({"state": state, "entries": found}))
+
+
+def read(store: Path, kinds: Sequence[str]) -> dict[str, Entry]:
+    """The entries of the families of some kinds, in the order of the matrix, as :func:`update` wrote them."""
+    found = json.loads(store.read_text())["entries"]
+    return {family.name: Entry(**found[family.name]) for family in matrix().FAMILIES if family.kind in kinds}

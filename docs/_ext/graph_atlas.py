@@ -59,10 +59,8 @@ class GraphAtlasFamilies(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The sections, in the order of the matrix."""
         kinds = [kind.strip() for kind in self.arguments[0].split(",")]
-        names = [family.name for family in families.matrix().FAMILIES if family.kind in kinds]
-        store = Path(self.env.doctreedir) / _STORE
         found: list[nodes.Node] = []
-        for name, entry in families.entries(names, store, 1).items():
+        for name, entry in families.read(Path(self.env.doctreedir) / _STORE, kinds).items():
             section = nodes.section(ids=[nodes.make_id(f"family-{name}")])
             section += nodes.title(text=name)
             section += rendered(entry)
@@ -73,8 +71,7 @@ class GraphAtlasFamilies(SphinxDirective):
 def explain_all(app: Sphinx, _env: Any, outdated: list[str]) -> None:
     """Explain every family before the pages are read, in as many processes as Sphinx may use."""
     if any(name.startswith("atlas/") for name in outdated):
-        names = [family.name for family in families.matrix().FAMILIES]
-        families.entries(names, Path(app.doctreedir) / _STORE, app.parallel)
+        families.update(Path(app.doctreedir) / _STORE, app.parallel)
 
 
 def rendered(entry: families.Entry) -> list[nodes.Node]:
