@@ -133,7 +133,7 @@ def _edge_style(source: ViewNode, target: ViewNode) -> dict[str, Any]:
     if source.backward != target.backward:  # saved for the backward
         style = {"style": "dashed", "constraint": "false", "color": '"#56B4E9"'}
     if source.pruned or target.pruned:
-        style |= {"style": "dotted", "color": '"#c4c8ce"'}
+        style |= {"style": "dotted", "color": '"#9aa0a8"'}
     return style
 
 
