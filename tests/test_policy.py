@@ -14,28 +14,17 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp_fx import DropBPBackend, Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
+from dropbp_fx import Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.policy.allocation import objective
 from tests.flops import FlopCounter
+from tests.helpers import compile_model, dropped_in
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
 from tests.test_models import IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
 MLP = [f"blocks.{i}" for i in range(3)]
-
-
-def compile_model(model: nn.Module, rate: float = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
-    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
-    return backend, torch.compile(model, backend=backend)
-
-
-def dropped_in(backend: DropBPBackend, run: Any, loss_of: Callable[[Any], Tensor] = square_loss) -> list[int]:
-    """Indices of the branches that one training forward drops."""
-    before = {branch.name: branch.times_dropped for branch in backend.branches}
-    loss_of(run).backward()
-    return [b.index for b in backend.branches if b.times_dropped > before.get(b.name, 0)]
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
