@@ -374,68 +374,6 @@ def test_eval_never_drops_under_a_checkpoint_inside_the_compiled_model() -> None
         assert_equal(compiled(model, square_loss, run), eager(model, square_loss, []))
 
 
-class Checkpointed(nn.Module):
-    """Compiled blocks with eager activation checkpointing around each, as training stacks apply it layer by layer."""
-
-    def __init__(self, use_reentrant: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(ResidualMLP(depth=2, width=8 + 4 * i) for i in range(3))
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.use_reentrant).repeat(1, 2)
-        return x
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_forward_uses_the_pattern_of_its_forward(use_reentrant: bool) -> None:
-    model = Checkpointed(use_reentrant)
-    reference = copy.deepcopy(model)
-    backends = [dropbp_backend(0.5, inner="aot_eager", seed=i) for i in range(3)]
-    for block, backend in zip(model.blocks, backends, strict=True):
-        block.compile(backend=backend)
-    before = [[0, 0]] * 3
-    for _ in range(6):
-        actual = compiled(model, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), model)
-        after = [[branch.times_dropped for branch in backend.branches] for backend in backends]
-        points = [f"blocks.{i}.blocks.{j}" for i in range(3) for j in range(2) if after[i][j] > before[i][j]]
-        before = after
-        assert_equal(
-            actual, eager(reference, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), points)
-        ) if not use_reentrant else assert_equal(actual, detached_backward(reference, points))
-    assert [backend.stats.forwards for backend in backends] == [6, 6, 6]
-
-
-def detached_backward(model: nn.Module, points: list[str]) -> Any:
-    """The oracle by ``.backward()``: reentrant checkpoints refuse ``torch.autograd.grad``."""
-    from tests.oracle import detached
-
-    with detached(model, points):
-        return compiled(model, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), model)
-
-
-def test_a_recomputation_that_cannot_be_matched_is_refused() -> None:
-    model, backend, run = make()
-    x = X.clone().requires_grad_()
-
-    def checkpointed_loss() -> Tensor:
-        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum()
-
-    with backend.pinned([0]):
-        first = checkpointed_loss()
-    with backend.pinned([1]):
-        second = checkpointed_loss()
-    with pytest.raises(RuntimeError, match="2 forwards with different patterns ran on the same input"):
-        (first + second).backward()
-    del first, second
-    model.zero_grad()
-    with backend.pinned([1]):
-        loss = checkpointed_loss()
-    loss.backward()
-    assert [model.get_parameter(f"blocks.{i}.0.weight").grad is None for i in range(3)] == [False, True, False]
-
-
 def test_dropping_with_an_optimizer_leaves_dropped_parameters_where_they_are() -> None:
     model, backend, run = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
