@@ -419,6 +419,13 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
     return found
 
 
+def process_group_store(group: Any) -> Any:
+    """The key-value store that a process group was made with."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_process_group_store(group)
+
+
 def in_backward() -> bool:
     """Whether this thread is running an autograd backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -472,6 +479,7 @@ _HOOKS = (
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    ("torch.distributed.distributed_c10d", "_get_process_group_store"),
     ("torch._dispatch.python", "enable_python_dispatcher"),
     ("torch._functorch.config", "force_non_lazy_backward_lowering"),
     ("torch._guards", "TracingContext"),
