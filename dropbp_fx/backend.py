@@ -177,6 +177,7 @@ class DropBPBackend:
         if mode is not None and mode != "default":
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
+        _warn_of_cut_graphs(gm)
         compiler = Compiler(self._config.inner, inductor, self._state.counts)
         graph = self._capture(gm, compiler)
         if graph is None:
@@ -547,6 +548,17 @@ class DropBPBackend:
             f"dropbp_backend(rate={self.rate}, granularity={config.granularity!r}, inner={config.inner!r}, "
             f"seed={config.seed}) with {len(self.branches)} branches"
         )
+
+
+def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
+    if "DDPOptimizer" not in getattr(getattr(gm, "compile_subgraph_reason", None), "reason", ""):
+        return
+    warnings.warn(
+        "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "
+        "through are never dropped. Set torch._dynamo.config.optimize_ddp = False: the regions of this backend let "
+        "communication overlap with the backward without cuts.",
+        stacklevel=3,
+    )
 
 
 def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:

@@ -6,7 +6,7 @@ batches of both ranks, with ``.detach()`` on the branches that the ranks dropped
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import datetime
 import json
 import os
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
+from dropbp_fx.distributed import all_reduce_present
 from tests.oracle import detached
 
 WORLD = 2
@@ -135,9 +138,9 @@ def assert_trains_like_one_process(
     *,
     oracle: nn.Module | None = None,
     steps: int = 4,
-    accumulate: Callable[[nn.Module, Tensor], None] | None = None,
     tolerance: float = 1e-5,
     data_ranks: int = WORLD,
+    some_missing: bool = True,
 ) -> None:
     """Equal gradients, equal sets of ``None``, and equal parameters after AdamW's steps."""
     rank = dist.get_rank() % data_ranks
@@ -151,20 +154,20 @@ def assert_trains_like_one_process(
         with detached(oracle, [path_of(name) for name in dropped]):
             losses = [loss_of(oracle, batch_of(other, step)) for other in range(data_ranks)]
             (sum(losses) / data_ranks).backward()
-        compare(model, oracle, what=f"step {step}, {dropped} dropped", tolerance=tolerance)
+        compare(model, oracle, what=f"step {step}, {dropped} dropped", tolerance=tolerance, some_missing=some_missing)
         for optimizer in (ours, theirs):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     assert len(unequal) > 1, "every step had the same pattern, so this showed little"
 
 
-def compare(model: nn.Module, oracle: nn.Module, *, what: str, tolerance: float) -> None:
+def compare(model: nn.Module, oracle: nn.Module, *, what: str, tolerance: float, some_missing: bool = True) -> None:
     actual = {plain(name): whole(p.grad) for name, p in model.named_parameters()}
     wanted = {name: p.grad for name, p in oracle.named_parameters()}
     assert set(actual) == set(wanted)
     missing = {name for name, g in wanted.items() if g is None}
     assert {name for name, g in actual.items() if g is None} == missing, what
-    assert missing, what
+    assert missing or not some_missing, what
     for name, gradient in wanted.items():
         if gradient is not None:
             torch.testing.assert_close(
@@ -192,11 +195,297 @@ def a_compiled_ddp_with_gradients_as_views_of_buckets(rank: int, folder: Path) -
     assert_trains_like_one_process(torch.compile(ddp, backend=backend), model, backend)
 
 
-DDP = [ddp_of_a_compiled_model, a_compiled_ddp_with_gradients_as_views_of_buckets]
+def a_hook_that_sends_present_gradients_only(rank: int, folder: Path) -> None:
+    model, backend = Model(), backend_of(rate=0.75)
+    model.compile(backend=backend)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=0.004)
+    ddp.register_comm_hook(None, all_reduce_present)
+    sent: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, **more: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return reduce(tensor, **more)
+
+    with mock.patch.object(dist, "all_reduce", counted), torch._dynamo.config.patch(optimize_ddp=False):
+        assert_trains_like_one_process(ddp, model, backend)
+        sent.clear()
+        loss_of(ddp, batch_of(rank, 99)).backward()
+    present = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    everything = sum(p.nbytes for p in model.parameters())
+    assert sum(sent) == present < 0.5 * everything
+
+
+def micro_batches_without_communication(rank: int, folder: Path) -> None:
+    """A branch that was dropped in the last micro-batch only has the gradients of the others."""
+    model, oracle, backend = Model(), Model(), backend_of()
+    model.compile(backend=backend)
+    ddp, drops = DistributedDataParallel(model, find_unused_parameters=True), Drops(backend)
+    for step in range(3):
+        for micro in range(3):
+            with ddp.no_sync() if micro < 2 else contextlib.nullcontext():
+                loss_of(ddp, batch_of(rank, 10 * step + micro)).backward()
+            with detached(oracle, [path_of(name) for name in drops.last()]):
+                losses = [loss_of(oracle, batch_of(other, 10 * step + micro)) for other in range(WORLD)]
+                (sum(losses) / WORLD).backward()
+        compare(model, oracle, what=f"step {step}", tolerance=1e-5, some_missing=False)
+        model.zero_grad(set_to_none=True)
+        oracle.zero_grad(set_to_none=True)
+
+
+def graphs_that_ddp_optimizer_cut(rank: int, folder: Path) -> None:
+    """It cuts at the borders of buckets, through branches too; those are never dropped, and gradients are exact."""
+    model, backend = Model(256), backend_of()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = torch.compile(ddp, backend=backend)
+        assert_trains_like_one_process(run, model, backend, tolerance=1e-4, some_missing=False)
+    assert backend.stats.graphs > 1
+    assert len(backend.branches) < 6
+    assert any("torch._dynamo.config.optimize_ddp = False" in str(warning.message) for warning in caught)
+
+
+def graphs_that_ddp_optimizer_may_not_cut(rank: int, folder: Path) -> None:
+    model, backend = Model(256), backend_of()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1)
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        assert_trains_like_one_process(torch.compile(ddp, backend=backend), model, backend, steps=2, tolerance=1e-4)
+    assert backend.stats.graphs == 1
+    assert len(backend.branches) == 6
+
+
+def ddp_that_was_not_told_of_missing_gradients(rank: int, folder: Path) -> None:
+    """DDP itself says so, in the second step."""
+    model, backend = Model(), backend_of()
+    model.compile(backend=backend)
+    ddp = DistributedDataParallel(model)
+    loss_of(ddp, batch_of(rank, 0)).backward()
+    with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+        loss_of(ddp, batch_of(rank, 1)).backward()
+
+
+DDP = [
+    ddp_of_a_compiled_model,
+    a_compiled_ddp_with_gradients_as_views_of_buckets,
+    a_hook_that_sends_present_gradients_only,
+    micro_batches_without_communication,
+    graphs_that_ddp_optimizer_cut,
+    graphs_that_ddp_optimizer_may_not_cut,
+    ddp_that_was_not_told_of_missing_gradients,
+]
 
 
 def test_ddp(tmp_path: Path) -> None:
     in_two_processes(DDP, tmp_path)
+
+
+# ---- agreement -----------------------------------------------------------------------------------------------------
+
+
+def patterns_agree_whatever_lengths_the_ranks_see(rank: int, folder: Path) -> None:
+    """Ranks compile other graphs at other steps; the FLOPs that draws are balanced by are the first rank's."""
+    model, backend = Model(layers=2), backend_of(seed=None)
+    backend.agree_across(every=10)
+    model.compile(backend=backend)
+    ddp, drops = DistributedDataParallel(model, find_unused_parameters=True), Drops(backend)
+    lengths = [[64, 4], [4, 4], [32, 4], [4, 64]]
+    seen = []
+    for step in range(100):
+        tokens = lengths[step][rank] if step < len(lengths) else 4 + (step * (3 + rank)) % 7
+        loss_of(ddp, batch_of(rank, step, tokens)).backward()
+        seen.append(drops.last())
+        model.zero_grad(set_to_none=True)
+    ours, theirs = everybody((seen, [branch.backward_flops for branch in backend.branches]))
+    assert ours == theirs
+    assert len(set(map(tuple, seen))) > 3
+    backend.check_ranks()
+
+
+def a_resumed_run_goes_on_alike(rank: int, folder: Path) -> None:
+    """Through ``torch.distributed.checkpoint``, with a first batch of another length than the uninterrupted run had."""
+
+    def start(backend: DropBPBackend) -> tuple[Model, nn.Module, torch.optim.Optimizer, Drops]:
+        model = Model(layers=2)
+        model.compile(backend=backend)
+        return model, DistributedDataParallel(model, find_unused_parameters=True), adamw(model), Drops(backend)
+
+    def train(ddp: nn.Module, optimizer: torch.optim.Optimizer, drops: Drops, steps: range) -> list[list[str]]:
+        seen = []
+        for step in steps:
+            loss_of(ddp, batch_of(rank, step, 4 + 20 * (step % 3) + rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen.append(drops.last())
+        return seen
+
+    backend = backend_of(seed=1)
+    model, ddp, optimizer, drops = start(backend)
+    train(ddp, optimizer, drops, range(7))
+    state = {"model": model.state_dict(), "dropbp": json.dumps(backend.state_dict())}
+    state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    dcp.save(state, checkpoint_id=folder / "checkpoint")
+    uninterrupted = train(ddp, optimizer, drops, range(7, 16))
+
+    again = backend_of(seed=1)
+    resumed, ddp, optimizer, drops = start(again)
+    state = {"model": resumed.state_dict(), "dropbp": ""}
+    state["optimizer"] = get_optimizer_state_dict(resumed, optimizer)
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    set_optimizer_state_dict(resumed, optimizer, state["optimizer"])
+    resumed.load_state_dict(state["model"])
+    again.load_state_dict(json.loads(state["dropbp"]))
+    drops.last()
+    assert train(ddp, optimizer, drops, range(7, 16)) == uninterrupted
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name), parameter)
+
+
+def raised(act: Callable[[], Any]) -> str:
+    """The text of the error, which is the same on every rank."""
+    with pytest.raises(RankDisagreementError) as caught:
+        act()
+    texts = everybody(str(caught.value))
+    assert len(set(texts)) == 1, texts
+    return texts[0]
+
+
+def forward_of(backend: DropBPBackend) -> Callable[[], Any]:
+    model = Model(layers=1)
+    model.compile(backend=backend)
+    return lambda: loss_of(model, batch_of(0, 0))
+
+
+def ranks_that_differ_are_an_error_on_every_rank(rank: int, folder: Path) -> None:
+    odd = rank == 1
+    text = raised(forward_of(backend_of(seed=odd + 3)))
+    assert "seed: 3 on rank 0, 4 on rank 1." in text
+    assert "Give dropbp_backend() the same arguments on every rank" in text
+    assert "rate: 0.5 on rank 0, 0.25 on rank 1." in raised(forward_of(backend_of(rate=0.25 if odd else 0.5)))
+    text = raised(forward_of(backend_of(drop="weights" if odd else "branch", pattern="window" if odd else "random")))
+    assert "pattern: RandomPattern() on rank 0, WindowPattern(wrap=True) on rank 1;" in text
+    assert "drop: 'branch' on rank 0, 'weights' on rank 1." in text
+
+    behind = backend_of()
+    behind.load_state_dict({**behind.state_dict(), "rounds": 7 - odd})
+    assert "number of training forwards: 8 on rank 0, 7 on rank 1." in raised(forward_of(behind))
+
+    model, backend = Model(layers=2 - odd), backend_of()
+    model.compile(backend=backend)
+    text = raised(lambda: model(batch_of(0, 0)))
+    assert "the number of branches: 4 on rank 0, 2 on rank 1." in text
+    assert "backend.agree_across(group)" in text
+
+
+def ranks_that_part_later_are_an_error_on_every_rank(rank: int, folder: Path) -> None:
+    """A forward more, or a rate of its own, is found at the next comparison, and raised at one step on all ranks."""
+
+    def train(disturb: Callable[[DropBPBackend, Model], Any]) -> str:
+        model, backend = Model(layers=1), backend_of()
+        backend.agree_across(every=5)
+        model.compile(backend=backend)
+        ddp = DistributedDataParallel(model, find_unused_parameters=True)
+        optimizer, done = torch.optim.SGD(model.parameters(), 0.01), 0
+
+        def act() -> None:
+            nonlocal done
+            for step in range(50):
+                if step == 7 and rank == 1:
+                    disturb(backend, model)
+                loss_of(ddp, batch_of(rank, step)).backward()
+                optimizer.step()
+                done += 1
+
+        text = raised(act)
+        assert everybody(done) == [done] * WORLD
+        assert 7 < done < 50
+        return text
+
+    assert "optimizer steps: 9 on rank 0, 8 on rank 1." in train(lambda backend, model: loss_of(model, batch_of(0, 0)))
+    assert "rate: 0.5 on rank 0, 0.1 on rank 1." in train(lambda backend, model: setattr(backend, "rate", 0.1))
+
+
+def a_check_finds_a_forward_more_at_once(rank: int, folder: Path) -> None:
+    backend = backend_of()
+    forward = forward_of(backend)
+    forward()
+    backend.check_ranks()
+    with backend.disabled() if rank else contextlib.nullcontext():
+        forward()
+    assert "number of training forwards: 2 on rank 0, 1 on rank 1." in raised(backend.check_ranks)
+
+
+def a_rank_that_does_not_come_is_an_error(rank: int, folder: Path) -> None:
+    for missing, patience in ((1, 0.5), (0, 0.75)):
+        backend = backend_of()
+        backend.agree_across(dist.new_group([0, 1]), timeout_s=0.5)
+        forward = forward_of(backend)
+        if rank != missing:
+            with pytest.raises(RankDisagreementError, match=f"Waited {patience} s for rank {missing} to agree"):
+                forward()
+        dist.barrier()
+
+
+def calibration_is_the_mean_over_ranks(rank: int, folder: Path) -> None:
+    model, backend = Model(layers=2), backend_of(allocation="sensitivity")
+    model.compile(backend=backend)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    found = backend.calibrate(lambda: loss_of(model, batch_of(rank, 0)), batches=2)
+    alone = backend_of()
+    single = Model(layers=2)
+    single.compile(backend=alone)
+    alone.agree_across(dist.new_group([rank], use_local_synchronization=True))
+    own = alone.calibrate(lambda: loss_of(single, batch_of(rank, 0)))
+    everyone = everybody(own.values)
+    assert everyone[0] != everyone[1]
+    assert everybody(found) == [found] * WORLD
+    assert found.values == pytest.approx([sum(values) / WORLD for values in zip(*everyone, strict=True)], rel=1e-3)
+    assert found.batches == 4
+    loss_of(ddp, batch_of(rank, 0)).backward()
+    assert len(set(map(str, everybody(dict(backend.rates))))) == 1
+
+    def fails_on_one_rank() -> Tensor:
+        if rank:
+            raise ZeroDivisionError("no data")
+        return loss_of(model, batch_of(rank, 0))
+
+    error = ZeroDivisionError if rank else RankDisagreementError
+    expected = (
+        "no data" if rank else "Rank 1 failed in backend.calibrate.., so no rank can go on: ZeroDivisionError: no data"
+    )
+    with pytest.raises(error, match=expected):
+        backend.calibrate(fails_on_one_rank)
+    backend.check_ranks()
+
+
+def re_allocation_is_alike(rank: int, folder: Path) -> None:
+    model = Model(layers=2)
+    backend = backend_of(allocation="sensitivity", reallocate_every=30, rate=0.3)
+    model.compile(backend=backend)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    for step in range(65):
+        loss_of(ddp, batch_of(rank, step)).backward()
+        model.zero_grad(set_to_none=True)
+    rates = dict(backend.rates)
+    assert len(set(rates.values())) > 1
+    assert everybody(rates) == [rates] * WORLD
+    backend.check_ranks()
+
+
+AGREEMENT = [
+    patterns_agree_whatever_lengths_the_ranks_see,
+    a_resumed_run_goes_on_alike,
+    ranks_that_differ_are_an_error_on_every_rank,
+    ranks_that_part_later_are_an_error_on_every_rank,
+    a_check_finds_a_forward_more_at_once,
+    a_rank_that_does_not_come_is_an_error,
+    calibration_is_the_mean_over_ranks,
+    re_allocation_is_alike,
+]
+
+
+def test_agreement(tmp_path: Path) -> None:
+    in_two_processes(AGREEMENT, tmp_path)
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
