@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
@@ -108,12 +110,15 @@ class Drops:
         backend._state.listeners.append(lambda indices, dropped: self._drawn.append((indices, dropped)))
 
     def last(self) -> list[str]:
+        return [name for dropped in self.each() for name in dropped]
+
+    def each(self) -> list[list[str]]:
+        """For every draw of the last step, apart."""
         names = [branch.name for branch in self._backend.branches]
         found = []
         for layer, (_, dropped) in enumerate(self._drawn):
-            for index in sorted(dropped):
-                inside = "layers." in names[index]
-                found.append(path_of(names[index]) if inside else f"layers.{layer}.{names[index]}")
+            mine = [names[index] for index in sorted(dropped)]
+            found.append([path_of(name) if "layers." in name else f"layers.{layer}.{name}" for name in mine])
         self._drawn.clear()
         return found
 
@@ -137,8 +142,11 @@ def whole(tensor: Tensor | None) -> Tensor | None:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Its weight decay and its momentum move a parameter whose gradient is zero, but not one that has none."""
-    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    """Its weight decay and its momentum move a parameter whose gradient is zero, but not one that has none.
+
+    ``eps`` is large because a key's bias has a gradient of rounding errors alone, which Adam would scale up.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, eps=1e-3)
 
 
 def assert_trains_like_one_process(
@@ -382,6 +390,20 @@ def only_present_gradients_are_sent(rank: int, folder: Path) -> None:
     assert present <= sum(sent) < 1.1 * present < 0.9 * everything  # shards are padded to equal sizes
 
 
+def calibration_and_re_allocation_of_shards(rank: int, folder: Path) -> None:
+    """The measure is that of a model that is not sharded; observed forwards train like any other."""
+    model, backend = Model(), backend_of(allocation="sensitivity", reallocate_every=5)
+    model.compile(backend=backend)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    found = backend.calibrate(lambda: loss_of(model, batch_of(rank, 0)))
+    single, alone = Model(), backend_of()
+    single.compile(backend=alone)
+    wanted = alone.calibrate(lambda: loss_of(single, batch_of(rank, 0)))
+    assert found.values == pytest.approx(wanted.values, rel=1e-4)
+    assert_trains_like_one_process(model, model, backend, steps=7, some_missing=False)
+    assert len(set(everybody(str(dict(backend.rates))))) == 1
+
+
 FSDP2 = [
     a_compiled_model_that_is_sharded_whole,
     a_compiled_model_that_is_sharded_by_layers,
@@ -390,11 +412,88 @@ FSDP2 = [
     sharded_layers_that_are_compiled,
     mixed_precision,
     only_present_gradients_are_sent,
+    calibration_and_re_allocation_of_shards,
 ]
 
 
 def test_fsdp2(tmp_path: Path) -> None:
     in_two_processes(FSDP2, tmp_path)
+
+
+# ---- parts of a model ------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel_layers(rank: int, folder: Path) -> None:
+    """Both ranks see the same batch; gradients of a dropped branch's shards are missing on both."""
+    model, backend = Model(layers=2), backend_of()
+    plan = {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    for layer in model.layers:
+        parallelize_module(layer, init_device_mesh("cpu", (WORLD,)), plan)
+    run = torch.compile(model, backend=backend)
+    assert_trains_like_one_process(run, model, backend, data_ranks=1, steps=3, tolerance=1e-4)
+    assert backend.stats.graphs == 1
+    assert len(backend.branches) == 4
+
+
+class Stage(nn.Module):
+    """Two of the four layers of a model."""
+
+    def __init__(self, model: Model, rank: int) -> None:
+        super().__init__()
+        self.embed = None if rank else model.embed
+        self.layers = nn.ModuleDict({str(k): model.layers[k] for k in (2 * rank, 2 * rank + 1)})
+        self.head = model.head if rank else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.embed is None else self.embed(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x if self.head is None else self.head(x)
+
+
+def stages_of_a_pipeline(rank: int, folder: Path) -> None:
+    """Every stage draws for itself, once for each micro-batch."""
+    part, oracle, backend = Stage(Model(layers=4), rank), Model(layers=4), backend_of(seed=rank)
+    backend.agree_across(dist.new_group([rank], use_local_synchronization=True))
+    part.compile(backend=backend)
+    example = torch.zeros(2, 5, 16 if rank else 4, requires_grad=bool(rank))
+    result = torch.zeros(2, 5, 2 if rank else 16, requires_grad=not rank)
+    stage = PipelineStage(part, rank, WORLD, torch.device("cpu"), input_args=(example,), output_args=(result,))
+    schedule = Schedule1F1B(stage, 2, loss_fn=lambda output, target: (output - target).square().mean())
+    drops = Drops(backend)
+    for step in range(3):
+        micro = [batch_of(0, 10 * step + number) for number in range(2)]
+        if rank:
+            schedule.step(target=torch.cat(micro)[..., :2].cumsum(1))
+        else:
+            schedule.step(torch.cat(micro))
+        assert backend.stats.forwards == 2 * (step + 1)
+        for batch, dropped in zip(micro, map(sum, zip(*everybody(drops.each()), strict=True), [[], []]), strict=True):
+            with detached(oracle, dropped):
+                (loss_of(oracle, batch) / 2).backward()
+        for name, parameter in part.named_parameters():
+            wanted = oracle.get_parameter(name).grad
+            assert (parameter.grad is None) == (wanted is None), name
+            if wanted is not None:
+                torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+        part.zero_grad()
+        oracle.zero_grad()
+
+
+def stages_that_were_not_told_apart(rank: int, folder: Path) -> None:
+    part = Stage(Model(layers=4), rank)
+    backend = backend_of()
+    part.compile(backend=backend)
+    text = raised(lambda: part(torch.zeros(2, 5, 16 if rank else 4)))
+    assert 'number 0 of the branches: ["layers.0.attn", "layers.0", true] on rank 0' in text
+    assert "backend.agree_across(group)" in text
+
+
+PARTS = [tensor_parallel_layers, stages_of_a_pipeline, stages_that_were_not_told_apart]
+
+
+def test_parts_of_a_model(tmp_path: Path) -> None:
+    in_two_processes(PARTS, tmp_path)
 
 
 # ---- agreement -----------------------------------------------------------------------------------------------------
