@@ -28,7 +28,7 @@ import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -189,6 +189,187 @@ def repeatable_backward(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     return cast("contextlib.AbstractContextManager[Any]", config.patch(donated_buffer=False))
 
 
+class BoxedCode:
+    """Compiled code as a function of a list, which it empties.
+
+    Inductor does some bookkeeping around its first call; from the second on what it compiled is called directly.
+    """
+
+    __slots__ = ("_call", "_settled")
+
+    def __init__(self, code: Any) -> None:
+        from functorch.compile import make_boxed_func
+
+        self._call = code if getattr(code, "_boxed_call", False) else make_boxed_func(code)
+        self._settled = False
+
+    def __call__(self, arguments: list[Any]) -> Sequence[Any]:
+        made: Sequence[Any] = self._call(arguments)
+        if not self._settled:
+            self._call, self._settled = getattr(self._call, "current_callable", None) or self._call, True
+        return made
+
+
+class TangentLike(NamedTuple):
+    """What a gradient that compiled code takes looks like."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatCode:
+    """A compiled graph and its compiled backward as the inner compiler made them, without AOTAutograd's wrappers.
+
+    Both take a list, which they empty, and return a sequence. The forward returns its outputs and then what its backward
+    needs; the backward takes that and then the tangents, and returns a gradient, or ``None``, for each input.
+
+    Attributes:
+        forward: the compiled forward.
+        backward: the compiled backward, ``None`` for a graph in which nothing requires a gradient.
+        outputs: how many values of the forward are outputs.
+        constant: outputs that carry no gradient.
+        unsafe_views: outputs that share memory with a value that the backward may need.
+        tangents: outputs whose gradients the backward takes.
+        tangent_like: what each of those gradients looks like: size, strides, type and device.
+        graded: inputs that the backward returns a gradient for.
+        donates: whether the backward writes over what was saved, so that it can run once only.
+        deterministic: whether deterministic algorithms were asked for when this was compiled.
+    """
+
+    forward: BoxedCode
+    backward: BoxedCode | None
+    outputs: int
+    constant: tuple[int, ...] = ()
+    unsafe_views: tuple[int, ...] = ()
+    tangents: tuple[int, ...] = ()
+    tangent_like: tuple[TangentLike, ...] = ()
+    graded: tuple[int, ...] = ()
+    donates: bool = False
+    deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What compiling a graph gave.
+
+    Attributes:
+        run: the graph as a function of its inputs, with all that AOTAutograd puts around it.
+        flat: the code alone, where it needs nothing around it but an autograd node.
+    """
+
+    run: Callable[..., Any]
+    flat: FlatCode | None
+
+
+class _Capture:
+    """Takes note of what an inner compiler makes while AOTAutograd calls it."""
+
+    def __init__(self) -> None:
+        self._forward: Any = None
+        self._backward: Any = None
+        self._metadata: Any = None
+        self._gradients: tuple[bool, ...] = ()
+        self._tangents: tuple[tuple[torch.dtype, torch.device], ...] = ()
+
+    def forward(self, code: Any) -> Any:
+        self._note_metadata()
+        self._forward = code
+        return code
+
+    def backward(self, gm: fx.GraphModule, code: Any) -> Any:
+        (output,) = (node for node in gm.graph.nodes if node.op == "output")
+        self._gradients = tuple(value is not None for value in output.args[0])
+        self._note_metadata()
+        traced = [] if self._metadata is None else self._metadata.traced_tangents
+        self._tangents = tuple((value.dtype, value.device) for value in traced if isinstance(value, torch.Tensor))
+        self._backward = code
+        return code
+
+    def _note_metadata(self) -> None:
+        from torch._guards import TracingContext
+
+        context = TracingContext.try_get()
+        self._metadata = None if context is None else context.fw_metadata
+
+    def flat(self) -> FlatCode | None:
+        """The code alone, ``None`` where AOTAutograd has to do something at run time: write mutated inputs back, make
+        views of inputs again, wrap subclasses, pass on symbolic sizes, random states or tokens.
+        """
+        meta = self._metadata
+        if self._forward is None or meta is None or not _is_plain(meta):
+            return None
+        outputs = len(meta.output_info)
+        if self._backward is None:
+            return FlatCode(BoxedCode(self._forward), None, outputs)
+        carries = [
+            issubclass(info.raw_type, torch.Tensor)
+            and bool(getattr(info, "requires_grad_for_backward", info.requires_grad))
+            for info in meta.output_info
+        ]
+        tangents = tuple(position for position, carried in enumerate(carries) if carried)
+        formats = [getattr(tangent, "memory_format", None) for tangent in meta.subclass_tangent_meta]
+        if not len(formats) == len(tangents) == len(self._tangents):
+            return None
+        like: list[TangentLike] = []
+        for known, (dtype, device) in zip(formats, self._tangents, strict=True):
+            if known is None or known.size is None:
+                return None
+            like.append(TangentLike(tuple(known.size), tuple(known.stride), dtype, device))
+        if len(self._gradients) != len(meta.input_info) or _saves_more_than_tensors(meta):
+            return None
+        return FlatCode(
+            forward=BoxedCode(self._forward),
+            backward=BoxedCode(self._backward),
+            outputs=outputs,
+            constant=tuple(position for position, info in enumerate(meta.output_info) if not info.requires_grad),
+            unsafe_views=tuple(meta.unsafe_view_out_indices),
+            tangents=tangents,
+            tangent_like=tuple(like),
+            graded=tuple(position for position, gets in enumerate(self._gradients) if gets),
+            donates=bool(meta.bw_donated_idxs),
+            deterministic=bool(meta.deterministic),
+        )
+
+
+def _is_plain(meta: Any) -> bool:
+    """Whether a graph neither mutates nor returns its inputs, and every value is a tensor of no subclass."""
+    from torch._functorch._aot_autograd.schemas import MutationType, PlainTensorMeta
+
+    return (
+        all(info.mutation_type == MutationType.NOT_MUTATED for info in meta.input_info)
+        and all(issubclass(info.raw_type, torch.Tensor) for info in meta.output_info)
+        and not (meta.num_outputs_aliased or meta.num_intermediate_bases or meta.tokens or meta.num_backward_tokens)
+        and not (meta.is_rng_op_functionalized or meta.num_graphsafe_rng_states or meta.dynamic_outputs)
+        and meta.grad_enabled_mutation is None
+        and all(
+            isinstance(known, PlainTensorMeta)
+            for known in (*meta.subclass_inp_meta, *meta.subclass_fw_graph_out_meta, *meta.subclass_tangent_meta)
+        )
+    )
+
+
+def _saves_more_than_tensors(meta: Any) -> bool:
+    return bool(
+        meta.num_symints_saved_for_bw
+        or meta.num_tensors_saved_with_no_vc_check
+        or meta.num_opaque_objects_saved_for_bw
+        or meta.indices_of_inputs_that_requires_grad_with_mutations_in_bw
+    )
+
+
+def autocast_is_on() -> bool:
+    """Whether any device's autocast is on."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code has its casts in it already."""
+    return cast("contextlib.AbstractContextManager[Any]", torch._C._DisableAutocast())
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -196,18 +377,28 @@ def compile_with_inductor(
     options: Mapping[str, Any],
     joint_pass: JointPass | None,
     cache_key: str,
-) -> Callable[..., Any]:
-    """Compile ``gm`` (which must return a tuple) with TorchInductor."""
-    from torch._inductor.compile_fx import compile_fx
+    flat: bool,
+) -> Compiled:
+    """Compile ``gm`` (which must return a tuple) with TorchInductor; ``flat`` asks for the code alone too."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = dict(options)
     if joint_pass is not None:
-        from torch._functorch import config
-
         # Inductor's own key does not tell code that overwrites saved tensors from code that must not.
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, f"{cache_key}:{config.donated_buffer}")
-    with _backward_compiled_at_once(joint_pass is not None):
-        return cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches))
+    if not flat:
+        return Compiled(cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches)), None)
+    capture = _Capture()
+
+    def compile_inner(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
+        code = compile_fx_inner(graph, examples, **kwargs)
+        return capture.backward(graph, code) if kwargs.get("is_backward") else capture.forward(code)
+
+    # AOTAutograd's own cache would answer without calling the inner compiler; Inductor's stays.
+    with _backward_compiled_at_once(joint_pass is not None), config.patch(enable_autograd_cache=False):
+        run = compile_fx(gm, list(inputs), inner_compile=compile_inner, config_patches=patches)
+    return Compiled(cast("Callable[..., Any]", run), capture.flat())
 
 
 def compile_with_aot_autograd(
@@ -217,7 +408,7 @@ def compile_with_aot_autograd(
     forward: Compiler,
     backward: Compiler,
     joint_pass: JointPass | None,
-) -> Callable[..., Any]:
+) -> Compiled:
     """Compile ``gm`` with AOTAutograd and a pair of compilers for its forward and its backward graph."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -229,11 +420,20 @@ def compile_with_aot_autograd(
         forward_graph, backward_graph = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         return forward_graph, backward_graph
 
+    capture = _Capture()
+
+    def compile_backward(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return cast("Callable[..., Any]", capture.backward(graph, backward(graph, examples)))
+
     backend = aot_autograd(
-        fw_compiler=forward, bw_compiler=backward, partition_fn=partition, keep_inference_input_mutations=True
+        fw_compiler=lambda graph, examples: capture.forward(forward(graph, examples)),
+        bw_compiler=compile_backward,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
     )
     with _backward_compiled_at_once(joint_pass is not None):
-        return backend(gm, list(inputs))
+        run = backend(gm, list(inputs))
+    return Compiled(run, capture.flat())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -780,7 +780,7 @@ def test_aot_autograd_runs_a_pruned_graph_for_sizes_that_dynamo_marked_dynamic(d
         eager = _torch.run_graph_eagerly
         return _torch.compile_with_aot_autograd(
             gm, inputs, forward=eager, backward=eager, joint_pass=prune_pass(dropped)
-        )
+        ).run
 
     compiled = torch.compile(lambda x: forward(gate, x), backend=backend, fullgraph=True)
     parameters_ = tuple(layer.parameters())

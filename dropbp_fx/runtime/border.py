@@ -108,7 +108,7 @@ class RegionRecord:
         assert self.step.key is not None
         _, without, _ = self.step.key
         live = {output for output in self.graded if self.flow.sources(output, dropped).intersection(self.wanted)}
-        run = self.variants.training((dropped, without, self.flow.differentiable - live))
+        run = self.variants.training((dropped, without, self.flow.differentiable - live)).run
         outputs = rerun(lambda: run(*self.inputs))
         pairs = [
             (outputs[output], tangent)

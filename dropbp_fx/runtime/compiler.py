@@ -49,11 +49,11 @@ class Compiler:
 
     def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
-        return self._timed(gm, inputs, None)
+        return self._timed(gm, inputs, None, flat=False).run
 
     def training(
         self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: Collection[int], *, repeatable: bool = False
-    ) -> Callable[..., Any]:
+    ) -> _torch.Compiled:
         """Compile a region with the gates labelled ``dropped`` pruned from its joint graph.
 
         Args:
@@ -66,13 +66,15 @@ class Compiler:
         with _torch.repeatable_backward(repeatable):
             return self._timed(gm, inputs, frozenset(dropped))
 
-    def forward_only(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def forward_only(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> _torch.Compiled:
         """Compile a region (without gates) that will only ever run without gradients."""
         self.counts.variants += 1
         with torch.no_grad():
             return self._timed(gm, inputs, None)
 
-    def _timed(self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None) -> Callable[..., Any]:
+    def _timed(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None, *, flat: bool = True
+    ) -> _torch.Compiled:
         start = time.perf_counter()
         try:
             joint_pass = None if dropped is None else prune_pass(dropped)
@@ -83,6 +85,7 @@ class Compiler:
                     options=self.options,
                     joint_pass=joint_pass,
                     cache_key="" if dropped is None else prune_cache_key(dropped),
+                    flat=flat,
                 )
             forward, backward = (
                 (_torch.run_graph_eagerly, _torch.run_graph_eagerly) if isinstance(self.inner, str) else self.inner

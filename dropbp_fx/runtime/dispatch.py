@@ -6,15 +6,16 @@ import collections
 import itertools
 import threading
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.graph.regions import Region, RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.runtime.chain import Chain, chained
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
@@ -58,6 +59,13 @@ class _GradientLink(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Plan(NamedTuple):
+    """A pattern's steps, and what runs them when nobody watches."""
+
+    steps: tuple[Step, ...]
+    parts: tuple[Chain | Step, ...]
+
+
 class RegionRunner:
     """The callable that Dynamo runs in place of a training graph.
 
@@ -77,7 +85,9 @@ class RegionRunner:
         self._policy = policy
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory(graph.program.examples)
-        self._plans: collections.OrderedDict[frozenset[int], tuple[Step, ...]] = collections.OrderedDict()
+        self._plans: collections.OrderedDict[frozenset[int], _Plan] = collections.OrderedDict()
+        self._returned = {slot for slot in graph.program.outputs if isinstance(slot, int)}
+        self._held_back = [_gradient_bytes(graph.program, region) for region in graph.program.regions]
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
@@ -86,14 +96,21 @@ class RegionRunner:
             return self._calibrate(calibration, arguments)
         key = self._memory.key(arguments)
         drawn, observation = self._drawn(key)
-        steps = self._plan(drawn.dropped)
+        plan = self._plan(drawn.dropped)
         values = self._values(arguments, drawn.scales)
         del arguments
-        for step in steps:
-            if observation is None or step.forward_only:
-                _run_step(step, values)
-            else:
-                self._run_behind_border(step, values, observation)
+        if observation is None and not _torch.saved_tensor_hooks_are_set():
+            for part in plan.parts:
+                if isinstance(part, Chain):
+                    part.run(values)
+                else:
+                    _run_step(part, values)
+        else:  # hooks on saved tensors bring back what one autograd node saved all at once
+            for step in plan.steps:
+                if observation is None or step.forward_only:
+                    _run_step(step, values)
+                else:
+                    self._run_behind_border(step, values, observation)
         outputs = self._outputs(values)
         self._memory.remember(key, outputs, drawn)
         return outputs
@@ -154,11 +171,12 @@ class RegionRunner:
         for pattern in warmup_patterns(self._program):
             self._plan(frozenset(pattern))
 
-    def _plan(self, dropped: frozenset[int]) -> tuple[Step, ...]:
+    def _plan(self, dropped: frozenset[int]) -> _Plan:
         with self._lock:
             plan = self._plans.get(dropped)
             if plan is None:
-                plan = self._planner.plan(dropped)
+                steps = self._planner.plan(dropped)
+                plan = _Plan(steps, chained(steps, self._held_back, self._returned))
                 if len(self._plans) >= _PLANS_KEPT:
                     self._plans.popitem(last=False)
                 self._plans[dropped] = plan
@@ -173,6 +191,16 @@ def warmup_patterns(program: RegionProgram) -> Iterator[Collection[int]]:
         sizes = range(1, len(region.branches) + 1) if exhaustive else (1, len(region.branches))
         for size in sizes:
             yield from itertools.combinations(region.branches, size)
+
+
+def _gradient_bytes(program: RegionProgram, region: Region) -> int:
+    """What the gradients of the parameters that a region reads take."""
+    parameters = set(program.inputs).intersection(region.inputs)
+    return sum(
+        example.numel() * example.itemsize
+        for slot, example in zip(region.inputs, region.examples, strict=True)
+        if slot in parameters and isinstance(example, torch.nn.Parameter) and example.requires_grad
+    )
 
 
 def _run_step(step: Step, values: list[Any]) -> None:

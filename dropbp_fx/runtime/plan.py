@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.runtime.undefined import UndefinedGradients
 from dropbp_fx.runtime.variants import RegionVariants, VariantKey
@@ -37,6 +38,7 @@ class Step(NamedTuple):
         region: number of the region in the program.
         key: what the training variant drops, ``None`` for a region that runs forward-only.
         undefined: tells gradients that do not exist from zero ones, where the caller may leave an output unused.
+        flat: the variant's code alone, where it needs nothing of what AOTAutograd puts around it.
     """
 
     run: Callable[..., Any]
@@ -48,6 +50,7 @@ class Step(NamedTuple):
     region: int
     key: VariantKey | None
     undefined: UndefinedGradients | None
+    flat: _torch.FlatCode | None
 
 
 class Decision(NamedTuple):
@@ -185,14 +188,14 @@ class Planner:
         ):
             undefined = None
             if role.key is None:
-                run = variant.forward_only()
+                compiled = variant.forward_only()
             else:
-                run = variant.training(role.key, repeatable=repeatable)
+                compiled = variant.training(role.key, repeatable=repeatable)
                 if several_outputs:
                     undefined = self._undefined_gradients(number, label, role.live)
             steps.append(
                 Step(
-                    run,
+                    compiled.run,
                     region.inputs,
                     region.outputs,
                     dead[number],
@@ -201,6 +204,7 @@ class Planner:
                     number,
                     role.key,
                     undefined,
+                    compiled.flat,
                 )
             )
         return tuple(steps)

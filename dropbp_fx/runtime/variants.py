@@ -42,13 +42,13 @@ class RegionVariants:
         self._streams = region.streams
         self._fake_mode = fake_mode
         self._compiler = compiler
-        self._compiled: dict[tuple[VariantKey, bool] | None, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[VariantKey, bool] | None, _torch.Compiled] = {}
         self._gradient_flops: dict[frozenset[int], int] = {}
         compiler.counts.regions += 1
         with self._tracing(), _torch.fake_execution(fake_mode):
             self.flow = GradientFlow.trace(copy_graph_module(self._gm), self._inputs(frozenset()))
 
-    def training(self, key: VariantKey, *, repeatable: bool = False) -> Callable[..., Any]:
+    def training(self, key: VariantKey, *, repeatable: bool = False) -> _torch.Compiled:
         """The variant whose forward records what its pruned backward needs.
 
         Args:
@@ -57,13 +57,13 @@ class RegionVariants:
         """
         return self._get((key, repeatable), lambda: self._compile_training(key, repeatable))
 
-    def forward_only(self) -> Callable[..., Any]:
+    def forward_only(self) -> _torch.Compiled:
         """The variant for when no gradient enters the region at all: it saves nothing."""
         return self._get(None, self._compile_forward_only)
 
     def _get(
-        self, key: tuple[VariantKey, bool] | None, compile_variant: Callable[[], Callable[..., Any]]
-    ) -> Callable[..., Any]:
+        self, key: tuple[VariantKey, bool] | None, compile_variant: Callable[[], _torch.Compiled]
+    ) -> _torch.Compiled:
         compiled = self._compiled.get(key)
         if compiled is None:
             with _torch.compile_lock():
@@ -76,7 +76,7 @@ class RegionVariants:
                     self._compiled[key] = compiled
         return compiled
 
-    def _compile_training(self, key: VariantKey, repeatable: bool) -> Callable[..., Any]:
+    def _compile_training(self, key: VariantKey, repeatable: bool) -> _torch.Compiled:
         dropped, without_gradient, dead = key
         gm = copy_graph_module(self._gm)
         if dead:
@@ -84,7 +84,7 @@ class RegionVariants:
         with torch.enable_grad():  # may be needed first inside of a backward
             return self._compiler.training(gm, self._inputs(without_gradient), dropped, repeatable=repeatable)
 
-    def _compile_forward_only(self) -> Callable[..., Any]:
+    def _compile_forward_only(self) -> _torch.Compiled:
         gm = copy_graph_module(self._gm)
         _remove_gates(gm)
         return self._compiler.forward_only(gm, self._inputs(None))

@@ -1,0 +1,266 @@
+"""Run consecutive regions under one autograd node.
+
+AOTAutograd surrounds compiled code with what any graph might need: writing to inputs, returning views of them, subclasses,
+symbolic sizes. Most regions need none of it (``_torch.FlatCode`` tells), but a step with a region for every branch
+would pay for it dozens of times, and for as many autograd nodes. So the code of regions that follow each other runs in one
+node, a chain, that does between them what autograd would: hand gradients on, add up those of values with several uses, and
+let go of what was saved as soon as it has been used.
+
+A chain holds the gradients of its parameters until all of it is done, so chains are short where parameters are large.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbp_fx import _torch
+from dropbp_fx.runtime.plan import Step
+
+#: Bytes of gradients that a chain may hold back.
+_HELD_BACK = 2**26
+
+
+@dataclasses.dataclass(slots=True)
+class _Link:
+    """One region in a chain.
+
+    Attributes:
+        inputs: slots it reads.
+        outputs: slots it writes.
+        dead: slots that nobody reads afterwards.
+        forward: its code.
+        backward: that of its backward, ``None`` where it runs forward-only.
+        unsafe_views: outputs that share memory with what its backward may need.
+        tangents: slots whose gradients its backward takes, and what they look like.
+        graded: for each gradient that the backward returns the slot it belongs to, ``None`` where there is none.
+        passed: pairs (output slot, earlier slot) of a forward-only region: that output's gradient is that slot's.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    forward: _torch.BoxedCode
+    backward: _torch.BoxedCode | None
+    unsafe_views: tuple[int, ...]
+    tangents: tuple[tuple[int, _torch.TangentLike], ...]
+    graded: tuple[int | None, ...]
+    passed: tuple[tuple[int, int], ...]
+
+
+class Chain:
+    """Regions that run under one autograd node.
+
+    Args:
+        steps: consecutive steps of a plan, all with flat code.
+        needed: slots that are read after the last of them.
+    """
+
+    def __init__(self, steps: Sequence[Step], needed: Collection[int]) -> None:
+        self._links = [_link(step) for step in steps]
+        made = {slot for link in self._links for slot in link.outputs}
+        wanted = dict.fromkeys(slot for link in self._links for slot in link.graded if slot is not None)
+        wanted.update(dict.fromkeys(source for link in self._links for _, source in link.passed))
+        #: Slots of values from before the chain that get a gradient from it.
+        self.wanted = tuple(slot for slot in wanted if slot not in made)
+        #: Slots of the values it hands on that carry a gradient.
+        carrying = {slot for link in self._links for slot, _ in (*link.tangents, *link.passed)}
+        self.carrying = tuple(
+            slot for link in self._links for slot in link.outputs if slot in needed and slot in carrying
+        )
+        codes = [step.flat for step in steps if step.flat is not None and not step.forward_only]
+        self._donates = any(code.donates for code in codes)
+        self._deterministic = all(code.deterministic for code in codes)
+
+    def run(self, values: list[Any]) -> None:
+        """Run the regions on ``values``, which is indexed by slots."""
+        if not self.carrying:
+            with torch.no_grad():
+                self.forward(values)
+            return
+        carried = _ChainFunction.apply(self, values, *[values[slot] for slot in self.wanted])
+        for slot, value in zip(self.carrying, carried, strict=True):
+            values[slot] = value
+
+    def forward(self, values: list[Any]) -> list[Sequence[Any]]:
+        """Run the forwards; for each region that has a backward what it saved."""
+        saved: list[Sequence[Any]] = []
+        with _no_autocast():
+            for link in self._links:
+                arguments = [values[slot] for slot in link.inputs]
+                for slot in link.dead:
+                    values[slot] = None
+                made = link.forward(arguments)
+                count = len(link.outputs)
+                if link.backward is not None:
+                    saved.append(made[count:])
+                for slot, value in zip(link.outputs, made[:count] if len(made) > count else made, strict=True):
+                    values[slot] = value
+                for position in link.unsafe_views:
+                    slot = link.outputs[position]
+                    values[slot] = torch.ops.aten._unsafe_view(values[slot], values[slot].shape)
+                for slot in link.dead:
+                    if slot in link.outputs:
+                        values[slot] = None
+        return saved
+
+    def check(self) -> None:
+        """Refuse a backward that the regions' code is not compiled for.
+
+        Raises:
+            RuntimeError: it is to be differentiated, or repeated, or to be deterministic unlike its forward.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A compiled model cannot be differentiated twice: backward() and grad() do not support create_graph=True "
+                "here. Compute second derivatives with the eager model."
+            )
+        if self._donates and _torch.keeps_graph():
+            raise RuntimeError(
+                "This backward was compiled to write over the tensors that it saved, so it cannot be run with "
+                "retain_graph=True. Set torch._functorch.config.donated_buffer = False before the first forward to allow it."
+            )
+        if not self._deterministic and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(
+                "torch.use_deterministic_algorithms was switched on between this forward and its backward. Switch it on "
+                "before the forward, so that the backward is compiled accordingly."
+            )
+
+    def backward(self, saved: list[list[Any]], gradients: dict[int, Tensor]) -> None:
+        """Run the backwards.
+
+        Args:
+            saved: what :meth:`forward` gave; emptied.
+            gradients: by slot those of what the chain hands on; becomes those of what it took.
+        """
+        with _no_autocast():
+            for link in reversed(self._links):
+                if link.backward is None:
+                    for slot, source in link.passed:
+                        _add(gradients, source, gradients.pop(slot, None))
+                    continue
+                arguments = saved.pop()
+                for slot, like in link.tangents:
+                    arguments.append(_as_expected(gradients.pop(slot, None), like))
+                for target, gradient in zip(link.graded, link.backward(arguments), strict=True):
+                    if target is not None:
+                        _add(gradients, target, gradient)
+
+
+def _link(step: Step) -> _Link:
+    code = step.flat
+    assert code is not None
+    forward_only = step.forward_only or code.backward is None
+    graded: list[int | None] = []
+    if not forward_only:
+        with_gradient = set(code.graded)
+        graded = [slot if position in with_gradient else None for position, slot in enumerate(step.inputs)]
+    return _Link(
+        inputs=step.inputs,
+        outputs=step.outputs,
+        dead=step.dead,
+        forward=code.forward,
+        backward=None if forward_only else code.backward,
+        unsafe_views=code.unsafe_views,
+        tangents=()
+        if forward_only
+        else tuple((step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True)),
+        graded=tuple(graded),
+        passed=tuple((step.outputs[position], source) for position, source in step.links),
+    )
+
+
+def chained(steps: Sequence[Step], held_back: Sequence[int], returned: Collection[int]) -> tuple[Chain | Step, ...]:
+    """Put the steps of a plan into chains.
+
+    Args:
+        steps: the plan.
+        held_back: for each of them the bytes of its parameters' gradients.
+        returned: slots that are read after the last step.
+    """
+    needed_after: list[set[int]] = []
+    needed = set(returned)
+    for step in reversed(steps):
+        needed_after.append(set(needed))
+        needed.update(step.inputs)
+        needed.update(source for _, source in step.links)
+    needed_after.reverse()
+    parts: list[Chain | Step] = []
+    for first, last in _runs(steps, held_back):
+        mine = steps[first:last]
+        parts.append(
+            Chain(mine, needed_after[last - 1]) if mine[0].flat is not None and mine[0].undefined is None else mine[0]
+        )
+    return tuple(parts)
+
+
+def _runs(steps: Sequence[Step], held_back: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The bounds of the chains, and of the steps that are in none."""
+    first, held = 0, 0
+    for number, step in enumerate(steps):
+        alone = step.flat is None or step.undefined is not None
+        mine = 0 if step.forward_only else held_back[number]
+        if number > first and (alone or (held and mine and held + mine > _HELD_BACK)):
+            yield first, number
+            first, held = number, 0
+        held += mine
+        if alone:
+            yield number, number + 1
+            first, held = number + 1, 0
+    if first < len(steps):
+        yield first, len(steps)
+
+
+def _add(gradients: dict[int, Tensor], slot: int, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        before = gradients.get(slot)
+        gradients[slot] = gradient if before is None else before + gradient
+
+
+def _as_expected(gradient: Tensor | None, like: _torch.TangentLike) -> Tensor:
+    """A tangent with the strides that the code was compiled for; zero where nobody differentiated."""
+    if gradient is None:
+        return torch.empty_strided(like.size, like.stride, dtype=like.dtype, device=like.device).zero_()
+    if gradient.stride() == like.stride and gradient.shape == like.size:
+        return gradient
+    return torch.empty_strided(like.size, like.stride, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+def _no_autocast() -> contextlib.AbstractContextManager[Any]:
+    return _torch.without_autocast() if _torch.autocast_is_on() else contextlib.nullcontext()
+
+
+class _ChainFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, values: list[Any], *wanted: Tensor) -> Any:
+        saved = chain.forward(values)
+        ctx.chain = chain
+        ctx.counts = [len(mine) for mine in saved]
+        # a view would keep its base, and its base's version, alive in autograd's eyes
+        ctx.save_for_backward(*[value.detach() if value._is_view() else value for mine in saved for value in mine])
+        ctx.set_materialize_grads(False)
+        return tuple([values[slot] for slot in chain.carrying])
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        chain: Chain = ctx.chain
+        chain.check()
+        everything = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()
+        saved: list[list[Any]] = []
+        start = 0
+        for count in ctx.counts:
+            saved.append(list(everything[start : start + count]))
+            start += count
+        del everything
+        gradients = {
+            slot: tangent for slot, tangent in zip(chain.carrying, tangents, strict=True) if tangent is not None
+        }
+        del tangents
+        chain.backward(saved, gradients)
+        return None, None, *[gradients.get(slot) for slot in chain.wanted]
