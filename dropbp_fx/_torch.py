@@ -265,9 +265,17 @@ class Compiled:
 
 
 class _Capture:
-    """Takes note of what an inner compiler makes while AOTAutograd calls it."""
+    """Takes note of what an inner compiler makes while AOTAutograd calls it.
 
-    def __init__(self) -> None:
+    Args:
+        inputs: the graph's, as AOTAutograd gets them: what it says of a graph with subclasses (DTensor) is about the tensors
+            inside them.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+        self._plain_inputs = not any(is_traceable_wrapper_subclass(value) for value in inputs)
         self._forward: Any = None
         self._backward: Any = None
         self._metadata: Any = None
@@ -299,7 +307,7 @@ class _Capture:
         views of inputs again, wrap subclasses, pass on symbolic sizes, random states or tokens.
         """
         meta = self._metadata
-        if self._forward is None or meta is None or not _is_plain(meta):
+        if self._forward is None or meta is None or not (self._plain_inputs and _is_plain(meta)):
             return None
         outputs = len(meta.output_info)
         if self._backward is None:
@@ -389,7 +397,7 @@ def compile_with_inductor(
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, f"{cache_key}:{config.donated_buffer}")
     if not flat:
         return Compiled(cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches)), None)
-    capture = _Capture()
+    capture = _Capture(inputs)
 
     def compile_inner(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
         code = compile_fx_inner(graph, examples, **kwargs)
@@ -420,7 +428,7 @@ def compile_with_aot_autograd(
         forward_graph, backward_graph = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         return forward_graph, backward_graph
 
-    capture = _Capture()
+    capture = _Capture(inputs)
 
     def compile_backward(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return cast("Callable[..., Any]", capture.backward(graph, backward(graph, examples)))
