@@ -77,6 +77,8 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
         for record in _measure(request):
             if rank == 0:
                 print(json.dumps(record), file=file, flush=True)
+            elif "error" in record:
+                print(f"Rank {rank}: {record['error']}", file=sys.stderr, flush=True)
     dist.destroy_process_group()
 
 

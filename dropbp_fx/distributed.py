@@ -26,14 +26,23 @@ def all_reduce_present(group: dist.ProcessGroup | None, bucket: dist.GradBucket)
         A future of the buffer.
     """
     buffer, size = bucket.buffer(), dist.get_world_size(group)
-    works = [dist.all_reduce(run.div_(size), group=group, async_op=True) for run in _present_runs(bucket, buffer)]
-    if not works:
+    runs = _present_runs(bucket, buffer)
+    sent = [dist.all_reduce(run.div_(size), group=group, async_op=True).get_future() for run in runs]
+    if not sent:
         nothing: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if buffer.device.type == "cpu" else [buffer.device]
         )
         nothing.set_result(buffer)
         return nothing
-    return torch.futures.collect_all([work.get_future() for work in works]).then(lambda _: buffer)
+
+    def averaged(_: object) -> Tensor:
+        for earlier in sent[:-1]:  # on a GPU this lets the present stream wait, and not the host
+            earlier.wait()
+        return buffer
+
+    # Not collect_all(): what that returns belongs to no device, and may not hold a tensor of one.
+    finished: torch.futures.Future[Tensor] = sent[-1].then(averaged)
+    return finished
 
 
 def _present_runs(bucket: dist.GradBucket, buffer: Tensor) -> list[Tensor]:
