@@ -74,7 +74,7 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
         device_id=torch.device("cuda", rank) if cuda else None,
     )
     with Path(records).open("a") as file:
-        for record in _measure(request):
+        for record in measure(request):
             if rank == 0:
                 print(json.dumps(record), file=file, flush=True)
             elif "error" in record:
@@ -82,7 +82,8 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
     dist.destroy_process_group()
 
 
-def _measure(request: DistributedRequest) -> Iterator[Record]:
+def measure(request: DistributedRequest) -> Iterator[Record]:
+    """Measure what is asked for, on every rank; a failure becomes a record with its text under "error"."""
     shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
     common = {
         "measurement": request.measurement,

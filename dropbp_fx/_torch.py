@@ -627,6 +627,16 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
     return found
 
 
+def ddp_waits_for_every_gradient() -> bool:
+    """Whether the present forward is that of a DistributedDataParallel that cannot do without any gradient."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not ddp.require_backward_grad_sync or getattr(ddp, "_use_python_reducer", False):
+        return False
+    return bool(ddp.static_graph or not ddp.find_unused_parameters)
+
+
 def process_group_store(group: Any) -> Any:
     """The key-value store that a process group was made with."""
     from torch.distributed import distributed_c10d
@@ -688,6 +698,7 @@ _HOOKS = (
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
     ("torch.distributed.distributed_c10d", "_get_process_group_store"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dispatch.python", "enable_python_dispatcher"),
     ("torch._functorch.config", "force_non_lazy_backward_lowering"),
     ("torch._guards", "TracingContext"),

@@ -135,6 +135,11 @@ class _GraphPolicy:
         dropped = schedule.draw(self.indices)
         for listen in self.state.listeners:
             listen(self.indices, dropped)
+        if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
+            raise RuntimeError(
+                "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
+                "none. Make it with find_unused_parameters=True, and without static_graph=True."
+            )
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
         return Drawn(local, schedule.scales(self.indices))
 

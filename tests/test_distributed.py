@@ -36,6 +36,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import distributed
+from benchmarks.distributed_worker import DistributedRequest, measure
+from benchmarks.measure import Record
 from benchmarks.models import Llama
 from benchmarks.results import load
 from benchmarks.suites import shape_of
@@ -237,7 +239,7 @@ def a_hook_that_sends_present_gradients_only(rank: int, folder: Path) -> None:
 
 def micro_batches_without_communication(rank: int, folder: Path) -> None:
     """A branch that was dropped in the last micro-batch only has the gradients of the others."""
-    model, oracle, backend = Model(), Model(), backend_of()
+    model, oracle, backend = Model(layers=1), Model(layers=1), backend_of()
     model.compile(backend=backend)
     ddp, drops = DistributedDataParallel(model, find_unused_parameters=True), Drops(backend)
     for step in range(3):
@@ -265,23 +267,33 @@ def graphs_that_ddp_optimizer_cut(rank: int, folder: Path) -> None:
     assert any("torch._dynamo.config.optimize_ddp = False" in str(warning.message) for warning in caught)
 
 
-def graphs_that_ddp_optimizer_may_not_cut(rank: int, folder: Path) -> None:
-    model, backend = Model(256), backend_of()
-    ddp = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1)
-    with torch._dynamo.config.patch(optimize_ddp=False):
-        assert_trains_like_one_process(torch.compile(ddp, backend=backend), model, backend, steps=2, tolerance=1e-4)
-    assert backend.stats.graphs == 1
-    assert len(backend.branches) == 4
-
-
 def ddp_that_was_not_told_of_missing_gradients(rank: int, folder: Path) -> None:
-    """DDP itself says so, in the second step."""
-    model, backend = Model(), backend_of()
+    """Or it would average none of the first step's gradients that were not in a full bucket, and say so a step later."""
+    model, backend = Model(layers=1), backend_of()
     model.compile(backend=backend)
-    ddp = DistributedDataParallel(model)
-    loss_of(ddp, batch_of(rank, 0)).backward()
-    with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
-        loss_of(ddp, batch_of(rank, 1)).backward()
+    for options in ({}, {"find_unused_parameters": True, "static_graph": True}):
+        ddp = DistributedDataParallel(model, **options)
+        with pytest.raises(RuntimeError, match="Make it with find_unused_parameters=True, and without static_graph"):
+            loss_of(ddp, batch_of(rank, 0))
+        with ddp.no_sync():
+            loss_of(ddp, batch_of(rank, 0))
+        with backend.disabled():
+            loss_of(ddp, batch_of(rank, 0)).backward()
+
+
+def measurements_of_the_benchmark(rank: int, folder: Path) -> None:
+    def measured(kind: str, contestant: str, engine: str, value: float) -> Record:
+        sizes = {"layers": 1, "inner": "aot_eager", "steps": 1, "warmup": 1, "train_steps": 4}
+        request = DistributedRequest(f"distributed {kind}", contestant, "tiny", [value], engine=engine, **sizes)
+        torch._dynamo.reset()
+        (record,) = measure(request)
+        assert "error" not in record, record
+        return record
+
+    everything = sum(p.numel() for p in Llama(shape_of("tiny", layers=1)).parameters())
+    assert 0 < measured("steps", "dropbp_fx", "fsdp2", 0.5)["gradient_bytes"] < 4 * everything
+    patterns = measured("patterns", "dropbp_fx, present gradients", "ddp", 0.5)
+    assert (patterns["agree"], patterns["resumed_alike"], patterns["steps"]) == (True, True, 4)
 
 
 DDP = [
@@ -289,8 +301,8 @@ DDP = [
     a_hook_that_sends_present_gradients_only,
     micro_batches_without_communication,
     graphs_that_ddp_optimizer_cut,
-    graphs_that_ddp_optimizer_may_not_cut,
     ddp_that_was_not_told_of_missing_gradients,
+    measurements_of_the_benchmark,
 ]
 
 
@@ -710,10 +722,9 @@ def test_agreement(tmp_path: Path) -> None:
 def test_the_examples_train_and_go_on(tmp_path: Path) -> None:
     small = ["--inner", "aot_eager", "--layers", "2", "--width", "8", "--log-every", "2"]
     runs = []
-    for engine in ("ddp", "fsdp2"):
-        arguments = [*small, "--engine", engine, "--checkpoint", str(tmp_path / engine)]
-        runs.append(("examples.distributed", [*arguments, "--steps", "2"]))
-        runs.append(("examples.distributed", [*arguments, "--steps", "4", "--resume"]))
+    for engine, steps in (("ddp", "2"), ("fsdp2", "2"), ("fsdp2", "4")):
+        arguments = [*small, "--engine", engine, "--checkpoint", str(tmp_path / engine), "--steps", steps]
+        runs.append(("examples.distributed", [*arguments, *(["--resume"] if steps == "4" else [])]))
     runs.append(("examples.accelerate_launch", ["--inner", "aot_eager", "--steps", "20"]))
     ports = []
     for _ in runs:
@@ -722,7 +733,7 @@ def test_the_examples_train_and_go_on(tmp_path: Path) -> None:
             ports.append(free.getsockname()[1])
     mp.spawn(_example_process, (runs, ports, tmp_path), nprocs=WORLD)
     printed = (tmp_path / "printed").read_text()
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["step 2", "step 4"] * 2 + ["step 20"]
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["step 2", "step 2", "step 4", "step 20"]
     assert "dropped 0.5" in printed.splitlines()[0]
     assert "dropped 0.5" in printed.splitlines()[-1]
 
@@ -737,18 +748,6 @@ def _example_process(rank: int, runs: Sequence[tuple[str, list[str]]], ports: Se
             torch._dynamo.reset()
             os.environ["MASTER_PORT"] = str(port)
             importlib.import_module(module).main(arguments)
-
-
-def test_the_benchmark_of_several_processes(tmp_path: Path) -> None:
-    out = tmp_path / "results.json"
-    small = "tiny --device cpu --inner aot_eager --layers 1 --steps 1 --warmup 1 --rates 0.5 --engines ddp"
-    distributed.main([*small.split(), "--measure", "steps", "patterns", "--pattern-steps", "4",
-                      "--contestants", "dropbp_fx, present gradients", "--out", str(out)])  # fmt: skip
-    (run,) = load(out)
-    steps, patterns = run.records
-    assert steps["measurement"] == "distributed steps"
-    assert 0 < steps["gradient_bytes"] < 4 * sum(p.numel() for p in Llama(shape_of("tiny", layers=1)).parameters())
-    assert (patterns["agree"], patterns["resumed_alike"], patterns["steps"]) == (True, True, 4)
 
 
 def test_a_benchmark_whose_processes_fail_says_so(tmp_path: Path) -> None:
