@@ -10,6 +10,7 @@ uses public APIs and the functions below.
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
 | ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
+| ``torch._functorch.config.activation_memory_budget`` | the backend's parameter of that name |
 | ``torch._functorch.config.donated_buffer`` | calibration runs a region's backward once for each branch above it |
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
@@ -217,6 +218,15 @@ class TangentLike(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+def activation_memory_budget(budget: float | None) -> contextlib.AbstractContextManager[Any]:
+    """What is partitioned within saves no more than this share of what it would; the rest is recomputed."""
+    if budget is None:
+        return contextlib.nullcontext()
+    from torch._functorch import config
+
+    return cast("contextlib.AbstractContextManager[Any]", config.patch(activation_memory_budget=budget))
 
 
 @dataclasses.dataclass(frozen=True)

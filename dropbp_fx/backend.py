@@ -183,7 +183,7 @@ class DropBPBackend:
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
         _warn_of_cut_graphs(gm)
-        compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
         graph = self._capture(gm, compiler)
         if graph is None:
             compiled = compiler.whole(gm, example_inputs)
@@ -311,10 +311,10 @@ class DropBPBackend:
 
     def _runner(self, graph: CapturedGraph) -> RegionRunner:
         schedule = self._state.schedule
+        graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
         for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
-                saved = variant.gradient_flops() - variant.gradient_flops(frozenset({label}))
-                schedule.weigh(graph.indices[branch], saved)
+                schedule.weigh(graph.indices[branch], variant.saved_flops(label))
         schedule.assign()
         runner = RegionRunner(graph, _GraphPolicy(self._state, graph.indices))
         self._state.runners.append(runner)
@@ -602,6 +602,7 @@ def dropbp_backend(
     total_forwards: int | None = None,
     drop: str = "branch",
     rescale: bool = False,
+    activation_memory_budget: float | None = None,
     inner: InnerCompiler = "inductor",
     options: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -633,6 +634,9 @@ def dropbp_backend(
             parameters' gradients stay exact.
         rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
             then unbiased.
+        activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
+            compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
+            region). ``None`` leaves PyTorch's setting, which saves all.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -654,6 +658,7 @@ def dropbp_backend(
         total_forwards=total_forwards,
         drop=drop,
         rescale=rescale,
+        activation_memory_budget=activation_memory_budget,
         inner=inner,
         options=options,
         seed=seed,

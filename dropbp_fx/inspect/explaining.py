@@ -168,7 +168,7 @@ _FIGURES = (
 def _joint_figures(joint: Any, label: int) -> dict[str, int]:
     if joint is None:
         return dict.fromkeys(("forward_flops", "backward_flops", "gradient_nodes", "gradient_nodes_pruned"), 0)
-    kept, dropped = joint_cost(joint), joint_cost(joint, {label})
+    kept, dropped = joint_cost(joint.graph), joint_cost(joint.graph, {label})
     return {
         "forward_flops": branch_forward_flops(joint, label),
         "backward_flops": kept.backward_flops - dropped.backward_flops,

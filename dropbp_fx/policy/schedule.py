@@ -208,8 +208,9 @@ class Schedule:
         """
         with self._lock:
             if index not in self._weighed:
-                self._weighed.add(index)
                 self.branches[index].backward_flops = backward_flops
+                if backward_flops:
+                    self._weighed.add(index)
 
     def draw(self, indices: Sequence[int]) -> frozenset[int]:
         """The branches among ``indices`` (those of one graph) that this forward drops.
@@ -333,6 +334,7 @@ class Schedule:
         self._seed = decided["seed"]
         for branch in mine:
             branch.backward_flops = decided["flops"][branch.name]
+            self._weighed.add(branch.index)
         self.assign()
         self._agreed = True
 
