@@ -72,7 +72,7 @@ def measure(request: Request) -> Iterator[Record]:
         yield {**common, **record}
 
 
-class _Run:
+class TrainingRun:
     """A model, a contestant's way to train it, an optimizer and batches."""
 
     def __init__(self, request: Request) -> None:
@@ -212,13 +212,13 @@ def _steps(request: Request) -> Iterator[Record]:
     The figures: ``step_ms`` from steps issued back to back, ``synchronized_ms`` and ``host_ms`` from steps that are
     waited for, ``activation_gib`` the peak above what was held before the step (on the CPU, what autograd saved).
     """
-    run = _Run(request)
+    run = TrainingRun(request)
     recompiles = CONTESTANTS[request.contestant].recompiles
     for index, value in enumerate(request.values):
         try:
             yield {"value": value, **_steps_at(run, request, value, compiles=index == 0 or recompiles)}
         except Exception as error:
-            yield {"value": value, "error": _text(error)}
+            yield {"value": value, "error": error_text(error)}
         for parameter in run.trainable:
             parameter.grad = None
         gc.collect()
@@ -232,10 +232,10 @@ def _steps(request: Request) -> Iterator[Record]:
             times = run.back_to_back(run.optimizer.step, request.steps)
             yield {"measurement": "optimizer", "value": None, "optimizer_ms": round(statistics.median(times), 3)}
         except Exception as error:
-            yield {"measurement": "optimizer", "value": None, "error": _text(error)}
+            yield {"measurement": "optimizer", "value": None, "error": error_text(error)}
 
 
-def _steps_at(run: _Run, request: Request, value: float | None, *, compiles: bool) -> Record:
+def _steps_at(run: TrainingRun, request: Request, value: float | None, *, compiles: bool) -> Record:
     if value is not None:
         run.training.choose(value)
     breaks = _graph_breaks()
@@ -266,7 +266,7 @@ def _steps_at(run: _Run, request: Request, value: float | None, *, compiles: boo
 def _first_step(request: Request) -> Iterator[Record]:
     """The first step, then everything else that later steps may need, then random patterns that may compile nothing."""
     try:
-        run = _Run(request)
+        run = TrainingRun(request)
         (value,) = request.values
         if value is not None:
             run.training.choose(value)
@@ -291,7 +291,7 @@ def _first_step(request: Request) -> Iterator[Record]:
             record["new_variants"] = run.training.facts().get("compiled_variants", 0) - variants
         yield record
     except Exception as error:
-        yield {"value": request.values[0], "error": _text(error)}
+        yield {"value": request.values[0], "error": error_text(error)}
 
 
 def _length(request: Request) -> Iterator[Record]:
@@ -299,7 +299,7 @@ def _length(request: Request) -> Iterator[Record]:
     allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     record: Record = {"value": request.values[0], "cap_gib": request.cap_gib, "allocator": allocator}
     try:
-        run = _Run(request)
+        run = TrainingRun(request)
         if request.values[0] is not None:
             run.training.choose(request.values[0])
         run.timed_step()
@@ -315,7 +315,7 @@ def _length(request: Request) -> Iterator[Record]:
         }
     except Exception as error:  # a compiler wraps what it met, so the type alone does not tell
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-        record |= {"fits": False, "reason": _text(error)} if full else {"error": _text(error)}
+        record |= {"fits": False, "reason": error_text(error)} if full else {"error": error_text(error)}
     yield record
 
 
@@ -327,6 +327,6 @@ def _graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def _text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}"
     return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -119,6 +120,12 @@ class BackendConfig:
             seed=seed,
             strict=strict,
         )
+
+    def described(self) -> dict[str, str]:
+        """What the patterns and gradients of a run depend on, in words that are equal in every process."""
+        apart = {"rate", "seed", "inner", "options", "strict", "activation_memory_budget"}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in apart]
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self, name))) for name in fields}
 
 
 def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:
