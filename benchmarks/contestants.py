@@ -250,9 +250,11 @@ def _attention_flops(formula: Callable[..., int], query: Any, key: Any, value: A
 # ---- dropbp_fx -----------------------------------------------------------------------------------------------------------
 
 
-def dropbp(model: Decoder, inner: str) -> Training:
-    """The backend's own random patterns."""
-    backend = dropbp_backend(rate=0.0, inner=inner, seed=0)
+def dropbp(model: Decoder, inner: str, *, activation_memory_budget: float | None = None) -> Training:
+    """The backend's own random patterns, all of a kept branch's activations saved or a share of them."""
+    if activation_memory_budget is not None:
+        _count_shared_heads()
+    backend = dropbp_backend(rate=0.0, inner=inner, seed=0, activation_memory_budget=activation_memory_budget)
     before = backend.stats
 
     def choose(rate: float) -> None:
@@ -300,6 +302,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "checkpointing": Contestant(checkpointing, "share", recompiles=True),
     "memory budget": Contestant(memory_budget, "budget", recompiles=True),
     "dropbp_fx": Contestant(dropbp, "rate"),
+    "dropbp_fx, budget 0.7": Contestant(functools.partial(dropbp, activation_memory_budget=0.7), "rate"),
+    "dropbp_fx, budget 0": Contestant(functools.partial(dropbp, activation_memory_budget=0.0), "rate"),
     "dropbp_fx, layer regions": Contestant(dropbp_layer_regions, "rate"),
     "forward alone": Contestant(forward_alone),
 }
@@ -309,6 +313,8 @@ DEFAULT = [
     "torch.compile",
     "dropbp_fx",
     "forward alone",
+    "dropbp_fx, budget 0.7",
+    "dropbp_fx, budget 0",
     "careful user, no_grad",
     "careful user, detach",
     "eager",

@@ -28,13 +28,16 @@ class Clock:
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
 
-def in_own_process(request: Request, clock: Clock, cache: Path | None = None) -> list[Record]:
+def in_own_process(
+    request: Request, clock: Clock, cache: Path | None = None, *, worker: str = "benchmarks.worker"
+) -> list[Record]:
     """Measure in a new process; what it had measured before it failed or ran out of time is kept.
 
     Args:
         request: what to measure.
         clock: stops the process when the run's time is over.
         cache: where compiled code is kept, ``None`` for a new place that nothing is in.
+        worker: the module that the process runs, on a file with the request and a file for its records.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Path(folder)
@@ -44,7 +47,7 @@ def in_own_process(request: Request, clock: Clock, cache: Path | None = None) ->
         caches = str(cache or place / "cache")
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": caches, "PYTHONPATH": _python_path()}
-        command = [sys.executable, "-m", "benchmarks.worker", str(asked), str(answered)]
+        command = [sys.executable, "-m", worker, str(asked), str(answered)]
         with log.open("wb") as output:
             # A group of its own: compiling starts processes that must end with it.
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, process_group=0)

@@ -24,6 +24,9 @@ _FIGURES = {
     "optimizer": {"optimizer_ms"},
     "first step": {"first_step_s", "all_variants_s", "warm"},
     "length": {"fits", "cap_gib"},
+    "distributed steps": {"engine", "processes", "step_ms", "peak_gib", "gradient_bytes", "gathered_bytes", "losses"},
+    "distributed losses": {"engine", "processes", "losses"},
+    "distributed patterns": {"engine", "processes", "steps", "agree", "resumed_alike"},
 }
 
 

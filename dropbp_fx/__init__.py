@@ -10,6 +10,7 @@ from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import IndependentPattern, Pattern, RandomPattern, SuffixPattern, WindowPattern
 from dropbp_fx.policy.ramps import Ramp, Steps
+from dropbp_fx.policy.ranks import RankDisagreementError
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Sensitivity
 
@@ -26,6 +27,7 @@ __all__ = [
     "Pattern",
     "Ramp",
     "RandomPattern",
+    "RankDisagreementError",
     "Sensitivity",
     "Steps",
     "SuffixPattern",

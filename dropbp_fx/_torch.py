@@ -10,6 +10,7 @@ uses public APIs and the functions below.
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
 | ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
+| ``torch._functorch.config.activation_memory_budget`` | the backend's parameter of that name |
 | ``torch._functorch.config.donated_buffer`` | calibration runs a region's backward once for each branch above it |
 | ``torch._dispatch.python.enable_python_dispatcher`` | run fake tensors with symbolic sizes |
 | ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
@@ -224,6 +225,15 @@ class TangentLike(NamedTuple):
     device: torch.device
 
 
+def activation_memory_budget(budget: float | None) -> contextlib.AbstractContextManager[Any]:
+    """What is partitioned within saves no more than this share of what it would; the rest is recomputed."""
+    if budget is None:
+        return contextlib.nullcontext()
+    from torch._functorch import config
+
+    return cast("contextlib.AbstractContextManager[Any]", config.patch(activation_memory_budget=budget))
+
+
 @dataclasses.dataclass(frozen=True)
 class FlatCode:
     """A compiled graph and its compiled backward as the inner compiler made them, without AOTAutograd's wrappers.
@@ -270,9 +280,17 @@ class Compiled:
 
 
 class _Capture:
-    """Takes note of what an inner compiler makes while AOTAutograd calls it."""
+    """Takes note of what an inner compiler makes while AOTAutograd calls it.
 
-    def __init__(self) -> None:
+    Args:
+        inputs: the graph's, as AOTAutograd gets them: what it says of a graph with subclasses (DTensor) is about the tensors
+            inside them.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+        self._plain_inputs = not any(is_traceable_wrapper_subclass(value) for value in inputs)
         self._forward: Any = None
         self._backward: Any = None
         self._metadata: Any = None
@@ -304,7 +322,7 @@ class _Capture:
         views of inputs again, wrap subclasses, pass on symbolic sizes, random states or tokens.
         """
         meta = self._metadata
-        if self._forward is None or meta is None or not _is_plain(meta):
+        if self._forward is None or meta is None or not (self._plain_inputs and _is_plain(meta)):
             return None
         outputs = len(meta.output_info)
         if self._backward is None:
@@ -394,7 +412,7 @@ def compile_with_inductor(
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, f"{cache_key}:{config.donated_buffer}")
     if not flat:
         return Compiled(cast("Callable[..., Any]", compile_fx(gm, list(inputs), config_patches=patches)), None)
-    capture = _Capture()
+    capture = _Capture(inputs)
 
     def compile_inner(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
         code = compile_fx_inner(graph, examples, **kwargs)
@@ -425,7 +443,7 @@ def compile_with_aot_autograd(
         forward_graph, backward_graph = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
         return forward_graph, backward_graph
 
-    capture = _Capture()
+    capture = _Capture(inputs)
 
     def compile_backward(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return cast("Callable[..., Any]", capture.backward(graph, backward(graph, examples)))
@@ -630,6 +648,23 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
     return found
 
 
+def ddp_waits_for_every_gradient() -> bool:
+    """Whether the present forward is that of a DistributedDataParallel that cannot do without any gradient."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not ddp.require_backward_grad_sync or getattr(ddp, "_use_python_reducer", False):
+        return False
+    return bool(ddp.static_graph or not ddp.find_unused_parameters)
+
+
+def process_group_store(group: Any) -> Any:
+    """The key-value store that a process group was made with."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_process_group_store(group)
+
+
 def in_backward() -> bool:
     """Whether this thread is running an autograd backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -728,6 +763,8 @@ _HOOKS = (
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    ("torch.distributed.distributed_c10d", "_get_process_group_store"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dispatch.python", "enable_python_dispatcher"),
     ("torch._functorch.config", "force_non_lazy_backward_lowering"),
     ("torch._guards", "TracingContext"),

@@ -32,8 +32,7 @@ from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regi
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
-from dropbp_fx.policy.ramps import RateSchedule, checked_progress
-from dropbp_fx.policy.ranks import agreed
+from dropbp_fx.policy.ramps import RateSchedule, checked_progress, is_number
 from dropbp_fx.policy.rates import Rates, RateView
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
@@ -48,6 +47,7 @@ from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
 
 log = logging.getLogger("dropbp_fx")
+_CALIBRATION = "backend.calibrate()"
 
 
 class NoResidualBranchWarning(UserWarning):
@@ -110,6 +110,7 @@ class _State:
             pattern=config.pattern,
             total_forwards=config.total_forwards,
             reallocate_every=config.reallocate_every,
+            configuration=config.described(),
         )
         return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
 
@@ -137,6 +138,11 @@ class _GraphPolicy:
         dropped = schedule.draw(self.indices)
         for listen in self.state.listeners:
             listen(self.indices, dropped)
+        if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
+            raise RuntimeError(
+                "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
+                "none. Make it with find_unused_parameters=True, and without static_graph=True."
+            )
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
         return Drawn(local, schedule.scales(self.indices))
 
@@ -180,7 +186,8 @@ class DropBPBackend:
         if mode is not None and mode != "default":
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
-        compiler = Compiler(self._config.inner, inductor, self._state.counts)
+        _warn_of_cut_graphs(gm)
+        compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
         graph = self._capture(gm, compiler)
         if graph is None:
             compiled = compiler.whole(gm, example_inputs)
@@ -383,10 +390,10 @@ class DropBPBackend:
 
     def _runner(self, graph: CapturedGraph) -> RegionRunner:
         schedule = self._state.schedule
+        graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
         for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
-                saved = variant.gradient_flops() - variant.gradient_flops(frozenset({label}))
-                schedule.branches[graph.indices[branch]].backward_flops = saved
+                schedule.weigh(graph.indices[branch], variant.saved_flops(label))
         schedule.assign()
         policies: Instances[Policy] = Instances(
             graph.met.anchors,
@@ -494,6 +501,43 @@ class DropBPBackend:
         """Forwards within the block, in this thread, compute exact full gradients."""
         return self._state.schedule.override(())
 
+    def agree_across(self, group: Any = None, *, every: int = 100, timeout_s: float = 600.0) -> None:
+        """In a distributed run: say which ranks must drop alike, and how they make sure of it.
+
+        The ranks of the default process group agree without being told, once ``torch.distributed`` is initialised. Before
+        the first draw, when the model shows new branches and after ``load_state_dict()`` they wait for one another, compare
+        all that decides patterns, and take the first rank's seed (where none was given) and FLOPs. After that, they
+        compare digests once in ``every`` forwards, without waiting; a difference is an error on all ranks at the same step.
+
+        Args:
+            group: the ranks that hold this model or this part of it, ``None`` for all; the data-parallel group of a
+                pipeline stage.
+            every: forwards between two comparisons; 0 for none.
+            timeout_s: seconds to wait for the others before it is an error.
+
+        Raises:
+            TypeError, ValueError: ``every`` is no count, or ``timeout_s`` no positive number.
+        """
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every must be a whole number of forwards, not {every!r}.")
+        if every < 0:
+            raise ValueError(
+                f"every must be at least 0, not {every}; 0 compares nothing between the first draw and the last."
+            )
+        if not is_number(timeout_s):
+            raise TypeError(f"timeout_s must be a number of seconds, not {timeout_s!r}.")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0 seconds, not {timeout_s}.")
+        self._state.schedule.agree_across(group, every=every, timeout_s=float(timeout_s))
+
+    def check_ranks(self) -> None:
+        """Wait for all ranks and compare everything that decides patterns, at a place of the program that all come to.
+
+        Raises:
+            RankDisagreementError: on every rank, if they differ or one of them did not come.
+        """
+        self._state.schedule.check_ranks()
+
     def calibrate(
         self, step: Callable[[], torch.Tensor], *, metric: Metric = "gradnorm", batches: int = 1, progress: bool = True
     ) -> Sensitivity:
@@ -516,17 +560,22 @@ class DropBPBackend:
             TypeError: ``step`` is not callable, or does not return a scalar tensor.
             ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
             RuntimeError: the step uses reentrant activation checkpointing.
+            RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
         check_calibration(step, metric, batches)
         samples: list[Sensitivity] = []
-        table = self._state.schedule.branches
+        table, ranks = self._state.schedule.branches, self._state.schedule.ranks
 
         def keep(found: Mapping[int, float]) -> None:
             values = tuple(found.get(branch.index, 0.0) for branch in table)
             samples.append(Sensitivity(tuple(branch.name for branch in table), values, metric, 1))
-            self._state.schedule.learn(agreed(Sensitivity.mean(samples)))
+            self._state.schedule.learn(ranks.mean(Sensitivity.mean(samples), _CALIBRATION))
 
-        calibrate(step, self._state.under, metric, batches, keep, progress)
+        try:
+            calibrate(step, self._state.under, metric, batches, keep, progress)
+        except BaseException as error:
+            ranks.give_up(_CALIBRATION, error)
+            raise
         measured = self.sensitivity
         assert measured is not None
         return measured
@@ -615,6 +664,17 @@ class DropBPBackend:
         )
 
 
+def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
+    if "DDPOptimizer" not in getattr(getattr(gm, "compile_subgraph_reason", None), "reason", ""):
+        return
+    warnings.warn(
+        "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "
+        "through are never dropped. Set torch._dynamo.config.optimize_ddp = False: the regions of this backend let "
+        "communication overlap with the backward without cuts.",
+        stacklevel=3,
+    )
+
+
 def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
     backend = DropBPBackend(config)
     backend.load_state_dict(state)
@@ -651,6 +711,7 @@ def dropbp_backend(
     total_forwards: int | None = None,
     drop: str = "branch",
     rescale: bool = False,
+    activation_memory_budget: float | None = None,
     inner: InnerCompiler = "inductor",
     options: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -682,6 +743,9 @@ def dropbp_backend(
             parameters' gradients stay exact.
         rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
             then unbiased.
+        activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
+            compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
+            region). ``None`` leaves PyTorch's setting, which saves all.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -703,6 +767,7 @@ def dropbp_backend(
         total_forwards=total_forwards,
         drop=drop,
         rescale=rescale,
+        activation_memory_budget=activation_memory_budget,
         inner=inner,
         options=options,
         seed=seed,

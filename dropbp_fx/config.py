@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ class BackendConfig:
     total_forwards: int | None
     drop: Drop
     rescale: bool
+    activation_memory_budget: float | None
     inner: InnerCompiler
     options: tuple[tuple[str, Any], ...]
     seed: int | None
@@ -53,6 +55,7 @@ class BackendConfig:
         total_forwards: int | None,
         drop: str,
         rescale: bool,
+        activation_memory_budget: float | None,
         inner: InnerCompiler,
         options: Mapping[str, Any] | None,
         seed: int | None,
@@ -111,11 +114,18 @@ class BackendConfig:
             total_forwards=total_forwards,
             drop=drop,  # type: ignore[arg-type]
             rescale=rescale,
+            activation_memory_budget=checked_budget(activation_memory_budget),
             inner=inner,
             options=checked_inductor_options(options, inner),
             seed=seed,
             strict=strict,
         )
+
+    def described(self) -> dict[str, str]:
+        """What the patterns and gradients of a run depend on, in words that are equal in every process."""
+        apart = {"rate", "seed", "inner", "options", "strict", "activation_memory_budget"}
+        fields = [field.name for field in dataclasses.fields(self) if field.name not in apart]
+        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self, name))) for name in fields}
 
 
 def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:
@@ -145,6 +155,25 @@ def checked_max_rate(rate: Any) -> float:
     if not 0 < rate < 1:
         raise ValueError(f"max_rate must be in (0, 1), not {rate!r}: it is the highest rate that any branch is given.")
     return float(rate)
+
+
+def checked_budget(budget: Any) -> float | None:
+    """``activation_memory_budget`` as a float in [0, 1], or ``None``.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if budget is None:
+        return None
+    if not is_number(budget):
+        raise TypeError(f"activation_memory_budget must be a number in [0, 1] or None, not {budget!r}.")
+    if not 0 <= budget <= 1:
+        raise ValueError(
+            f"activation_memory_budget must be in [0, 1], not {budget!r}: it is the share of their activations that kept "
+            "branches may save for the backward; 1 saves all that torch.compile would, 0 recomputes whatever it can."
+        )
+    return float(budget)
 
 
 def checked_rate(rate: Any) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend, NoResidualBranchWarning, dropbp_backend
 from dropbp_fx.backend import dropbp
+from tests.helpers import compile_model, dropped_in, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 from tests.test_models import ResidualMLP, X, square_loss
 
@@ -22,15 +23,7 @@ POINTS = ["blocks.0", "blocks.1", "blocks.2"]
 
 def make(rate: float = 0.5, **options: Any) -> tuple[nn.Module, DropBPBackend, Any]:
     model = ResidualMLP()
-    backend = dropbp_backend(rate, inner="aot_eager", **{"seed": 0, **options})
-    return model, backend, torch.compile(model, backend=backend)
-
-
-def dropped_in(backend: DropBPBackend, run: Any) -> frozenset[str]:
-    """The branches that one training forward drops."""
-    before = {branch.name: branch.times_dropped for branch in backend.branches}
-    square_loss(run).backward()
-    return frozenset(b.name for b in backend.branches if b.times_dropped > before.get(b.name, 0))
+    return model, *compile_model(model, rate, **options)
 
 
 def test_eval_with_gradients_on_never_drops_even_if_the_model_never_reads_its_training_flag() -> None:
@@ -251,7 +244,7 @@ def test_resetting_dynamo_forgets_code_and_keeps_the_policy() -> None:
 
 def test_a_new_rate_holds_from_the_next_forward_without_recompiling() -> None:
     _, backend, run = make(0.0)
-    assert dropped_in(backend, run) == frozenset()
+    assert dropped_in(backend, run) == []
     backend.rate = 2 / 3
     sizes = [len(dropped_in(backend, run)) for _ in range(6)]
     assert sizes == [2] * 6
@@ -333,25 +326,16 @@ def test_a_model_without_residual_branches_warns_or_is_refused() -> None:
 
 
 def test_module_compile_and_a_pair_of_compilers() -> None:
-    graphs: list[str] = []
-
-    def forward(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append("forward")
-        return gm.forward
-
-    def backward(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append("backward")
-        return gm.forward
-
+    calls, compilers = recording_compilers()
     model = ResidualMLP()
-    backend = dropbp_backend(inner=(forward, backward))
+    backend = dropbp_backend(inner=compilers)
     reference = copy.deepcopy(model)
     model.compile(backend=backend)
     for pattern in ([], [1]):
         with backend.pinned(pattern):
             actual = compiled(model, square_loss, model)
         assert_equal(actual, eager(reference, square_loss, [POINTS[i] for i in pattern]))
-    assert set(graphs) == {"forward", "backward"}
+    assert set(calls) == {"forward", "backward"}
 
 
 def test_gradients_with_respect_to_the_input() -> None:

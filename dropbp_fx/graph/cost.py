@@ -42,10 +42,10 @@ class JointCost:
     gradient_nodes: int
 
 
-def joint_cost(joint: fx.GraphModule, dropped: Collection[int] = ()) -> JointCost:
-    """The cost of ``joint`` with the gates labelled ``dropped`` pruned; ``joint`` itself is left as it is."""
+def joint_cost(joint: fx.Graph, dropped: Collection[int] = ()) -> JointCost:
+    """The cost of a joint graph with the gates labelled ``dropped`` pruned; ``joint`` itself is left as it is."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(joint.graph, {}))
+    graph.output(graph.graph_copy(joint, {}))
     prune_joint_graph(graph, dropped)
     carriers = gradient_carriers(graph)
     forward = backward = 0

@@ -64,11 +64,13 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
     return sum(node not in left for node in before)
 
 
-def prune_pass(dropped: Collection[int]) -> Callable[[fx.Graph], None]:
-    """:func:`prune_joint_graph` with its labels bound, for a compiler's hook."""
+def prune_pass(dropped: Collection[int], look: Callable[[fx.Graph], None] | None = None) -> Callable[[fx.Graph], None]:
+    """:func:`prune_joint_graph` with its labels bound, for a compiler's hook; ``look`` sees the graph before."""
     labels = frozenset(dropped)
 
     def run(graph: fx.Graph) -> None:
+        if look is not None:
+            look(graph)
         prune_joint_graph(graph, labels)
 
     return run

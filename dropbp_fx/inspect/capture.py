@@ -53,7 +53,9 @@ def _graphs(
     fake: nn.Module, arguments: tuple[Any, Any], mode: Any, backend: DropBPBackend, *, whole: bool
 ) -> tuple[CapturedGraph, ...]:
     found: list[CapturedGraph] = []
-    compiler = Compiler(backend._config.inner, dict(backend._config.options), CompileCounts())
+    compiler = Compiler(
+        backend._config.inner, dict(backend._config.options), CompileCounts(), backend._config.activation_memory_budget
+    )
 
     def keep(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
         run = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if not whole else None

@@ -14,6 +14,7 @@ import torch
 
 from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
+from dropbp_fx.policy.ranks import Proposal, RankAgreement
 from dropbp_fx.policy.rates import Rates
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.sampling import Unit
@@ -65,6 +66,7 @@ class Schedule:
         pattern: which branches are dropped together.
         total_forwards: length of the run, if forwards are to advance its progress.
         reallocate_every: re-allocate rates by a running estimate of sensitivities, once in so many forwards.
+        configuration: whatever else the ranks of a distributed run must have alike, in words.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class Schedule:
         pattern: Pattern | None = None,
         total_forwards: int | None = None,
         reallocate_every: int | None = None,
+        configuration: Mapping[str, str] | None = None,
     ) -> None:
         self.branches = BranchTable()
+        self.ranks = RankAgreement()
         self.granularity: Granularity = granularity
         self.forwards = 0
         self.rates = rates if isinstance(rates, Rates) else Rates(rates)
@@ -93,6 +97,9 @@ class Schedule:
         self._reallocated = 0  # the round at which rates were last re-allocated
         self._expected: set[str] | None = None  # names in a loaded state that no graph has shown yet
         self._strict_state = True
+        self._configuration = dict(configuration or {})
+        self._agreed = False  # all ranks have agreed on the branches and on the state that was loaded last
+        self._weighed: set[int] = set()  # branches whose FLOPs are settled
         self._thread = _PerThread()
         self.sensitivity: Sensitivity | None = None
         self._epoch = 0  # loading a state ends every thread's round
@@ -134,6 +141,12 @@ class Schedule:
             self.sensitivity = sensitivity
             self.rates.sensitivities = dict(zip(sensitivity.names, sensitivity.values, strict=True))
             self.assign()
+
+    def agree_across(self, group: Any, *, every: int, timeout_s: float) -> None:
+        """Patterns are to be alike on the ranks of ``group``, and only there."""
+        with self._lock:
+            self.ranks.across(group, every=every, timeout_s=timeout_s)
+            self._agreed = False
 
     @contextlib.contextmanager
     def override(self, chosen: Iterable[int | str | Branch]) -> Iterator[None]:
@@ -178,18 +191,33 @@ class Schedule:
             branch = self.branches.meet(name, layer, rate=self.rates.current)
             if self._expected is not None:
                 self._expected.discard(name)
-            branch.trainable |= trainable
-            branch.droppable |= droppable
+            if (trainable and not branch.trainable) or (droppable and not branch.droppable):
+                branch.trainable |= trainable
+                branch.droppable |= droppable
+                self._agreed = False
             self.assign()
             for override in self._thread.overrides:
                 override.unmet -= {branch.name, branch.index}
             return branch
+
+    def weigh(self, index: int, backward_flops: int) -> None:
+        """Take note of what dropping a branch saves, unless it is known.
+
+        The first graph's figure stays, and a loaded state's: another one for each sequence length would make draws
+        depend on the order in which graphs were compiled, which a resumed run or another rank does not share.
+        """
+        with self._lock:
+            if index not in self._weighed:
+                self.branches[index].backward_flops = backward_flops
+                if backward_flops:
+                    self._weighed.add(index)
 
     def draw(self, indices: Sequence[int]) -> frozenset[int]:
         """The branches among ``indices`` (those of one graph) that this forward drops.
 
         Raises:
             ValueError: a pinned pattern drops everything trainable, or a loaded state has branches the model lacks.
+            RankDisagreementError: another rank of a distributed run would not drop the same branches.
         """
         with self._lock:
             mine = set(indices)
@@ -285,10 +313,52 @@ class Schedule:
             self._rounds += 1
             self._advance()
             current = self._thread.round = _Round(number=self._rounds, epoch=self._epoch)
+            if self._agreed and self.ranks.needed:
+                self.ranks.compare(self._rounds, self._facts)
         if not mine <= current.drawn:
+            if not self._agreed and self.ranks.needed:
+                self._agree()
             self._extend(current)
         current.used |= mine
         return current.dropped & mine
+
+    def _agree(self) -> None:
+        """Before a draw from branches or a state that are new: all ranks must have them alike, or all raise.
+
+        Raises:
+            RankDisagreementError: they do not.
+        """
+        mine = [branch for branch in self.branches if branch.droppable]
+        flops = {branch.name: branch.backward_flops for branch in mine}
+        decided = self.ranks.settle(Proposal(self._facts(), self._seed, torch.initial_seed(), flops))
+        self._seed = decided["seed"]
+        for branch in mine:
+            branch.backward_flops = decided["flops"][branch.name]
+            self._weighed.add(branch.index)
+        self.assign()
+        self._agreed = True
+
+    def check_ranks(self) -> None:
+        """Wait for all ranks, and compare all that decides patterns.
+
+        Raises:
+            RankDisagreementError: the ranks differ, or one of them did not come.
+        """
+        with self._lock:
+            if self.ranks.needed:
+                self.ranks.check(self._facts() | {"seed": self._seed})
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks, and is once it has been agreed on."""
+        return {
+            **self._configuration,
+            "number of training forwards": self._rounds,
+            "rate": self.rates.rate,
+            "progress": self.rates.progress,
+            "rates set by hand": [list(item) for item in sorted(self.rates.by_hand.items())],
+            "sensitivities": [list(item) for item in self.rates.sensitivities.items()],
+            "branches": [[b.name, b.layer, b.trainable] for b in self.branches if b.droppable],
+        }
 
     def _advance(self) -> None:
         """Let a new round move the schedule on, if forwards are what moves it."""
@@ -330,11 +400,7 @@ class Schedule:
         key = tuple([branch.index for branch in branches])
         found = self._units_of.get(key)
         if found is None:
-            groups: dict[str, list[Branch]] = {}
-            for branch in branches:
-                groups.setdefault(branch.name if self.granularity == "branch" else branch.layer, []).append(branch)
-            found = [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
-            self._units_of[key] = found
+            found = self._units_of[key] = units_of(branches, self.granularity)
         return found
 
     # ---- what is asked about it ------------------------------------------------------------------------------------
@@ -434,6 +500,7 @@ class Schedule:
             self._rounds = state["rounds"]
             self.forwards = state["forwards"]
             self._epoch += 1
+            self._agreed = False
             if not met and names:
                 self._expected = set(names)
                 self._strict_state = strict
@@ -441,6 +508,7 @@ class Schedule:
                 branch = self.branches.meet(record["name"], record["layer"], rate=record["rate"])
                 for field in ("trainable", "droppable", "backward_flops", "times_seen", "times_dropped"):
                     setattr(branch, field, record[field])
+                self._weighed.add(branch.index)
             self.assign()
 
     def _check_state_is_complete(self) -> None:
@@ -452,6 +520,14 @@ class Schedule:
                 f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
                 "load_state_dict."
             )
+
+
+def units_of(branches: Iterable[Branch], granularity: Granularity) -> list[tuple[Unit, list[int]]]:
+    """What is dropped as a whole, in the order of execution, with the indices of its branches."""
+    groups: dict[str, list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault(branch.name if granularity == "branch" else branch.layer, []).append(branch)
+    return [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
 
 
 def _plain(item: int | str | Branch) -> int | str:

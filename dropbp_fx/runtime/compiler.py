@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,18 +42,27 @@ class Compiler:
         inner: "inductor", "aot_eager", or a pair (forward compiler, backward compiler), each a function of a flat ATen
             graph and its inputs that returns a callable, as for ``torch._dynamo.backends.common.aot_autograd``.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
+        activation_memory_budget: the share of its activations that a region may save, ``None`` for PyTorch's setting.
     """
 
     inner: InnerCompiler
     options: Mapping[str, Any]
     counts: CompileCounts
+    activation_memory_budget: float | None = None
 
     def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
         return self._timed(gm, inputs, None, flat=False).run
 
     def training(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: Collection[int], *, repeatable: bool = False
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        dropped: Collection[int],
+        *,
+        repeatable: bool = False,
+        saves_all: bool = False,
+        look: _torch.JointPass | None = None,
     ) -> _torch.Compiled:
         """Compile a region with the gates labelled ``dropped`` pruned from its joint graph.
 
@@ -61,10 +71,16 @@ class Compiler:
             inputs: fake inputs.
             dropped: labels of gates.
             repeatable: the backward may run more than once on the same saved tensors.
+            saves_all: leave :attr:`activation_memory_budget` aside.
+            look: is shown the joint graph before it is pruned.
         """
         self.counts.variants += 1
-        with _torch.repeatable_backward(repeatable):
-            return self._timed(gm, inputs, frozenset(dropped))
+        with _torch.repeatable_backward(repeatable), self.partitioning(saves_all=saves_all):
+            return self._timed(gm, inputs, frozenset(dropped), look=look)
+
+    def partitioning(self, *, saves_all: bool) -> contextlib.AbstractContextManager[Any]:
+        """Joint graphs within the block are split as this compiler's are."""
+        return _torch.activation_memory_budget(None if saves_all else self.activation_memory_budget)
 
     def forward_only(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> _torch.Compiled:
         """Compile a region (without gates) that will only ever run without gradients."""
@@ -73,11 +89,17 @@ class Compiler:
             return self._timed(gm, inputs, None)
 
     def _timed(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], dropped: frozenset[int] | None, *, flat: bool = True
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        dropped: frozenset[int] | None,
+        *,
+        flat: bool = True,
+        look: _torch.JointPass | None = None,
     ) -> _torch.Compiled:
         start = time.perf_counter()
         try:
-            joint_pass = None if dropped is None else prune_pass(dropped)
+            joint_pass = None if dropped is None else prune_pass(dropped, look)
             if self.inner == "inductor":
                 return _torch.compile_with_inductor(
                     gm,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
-from dropbp_fx.policy.ranks import agreed
 from dropbp_fx.policy.running import Observed
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Sensitivity
@@ -173,7 +172,7 @@ class Observer:
             return
         estimate = self.estimate()
         if estimate is not None:
-            self._schedule.learn(agreed(estimate))
+            self._schedule.learn(self._schedule.ranks.mean(estimate, "a re-allocation of rates"))
         self._schedule.reallocated()
 
 

@@ -40,10 +40,12 @@ class RegionVariants:
         self._gm = region.gm
         self._examples = region.examples
         self._streams = region.streams
+        # a model's head and loss are of no layer: recomputing them costs much and saves next to nothing
+        self._saves_all = not region.branches
         self._fake_mode = fake_mode
         self._compiler = compiler
         self._compiled: dict[tuple[VariantKey, bool] | None, _torch.Compiled] = {}
-        self._gradient_flops: dict[frozenset[int], int] = {}
+        self._saved_flops: dict[int, int] = {}
         compiler.counts.regions += 1
         with self._tracing(), _torch.fake_execution(fake_mode):
             self.flow = GradientFlow.trace(copy_graph_module(self._gm), self._inputs(frozenset()))
@@ -82,7 +84,14 @@ class RegionVariants:
         if dead:
             _detach_outputs(gm, dead)
         with torch.enable_grad():  # may be needed first inside of a backward
-            return self._compiler.training(gm, self._inputs(without_gradient), dropped, repeatable=repeatable)
+            return self._compiler.training(
+                gm,
+                self._inputs(without_gradient),
+                dropped,
+                repeatable=repeatable,
+                saves_all=self._saves_all,
+                look=None if dropped else self._count,
+            )
 
     def _compile_forward_only(self) -> _torch.Compiled:
         gm = copy_graph_module(self._gm)
@@ -95,12 +104,20 @@ class RegionVariants:
         with _torch.compile_lock(), self._tracing(), torch.enable_grad():
             return _torch.trace_joint_graph(copy_graph_module(self._gm), self._inputs(frozenset()))
 
-    def gradient_flops(self, dropped: frozenset[int] = frozenset()) -> int:
-        """Operations of the region's backward with the gates labelled ``dropped`` pruned."""
-        if dropped not in self._gradient_flops:
-            joint = self.joint
-            self._gradient_flops[dropped] = 0 if joint is None else joint_cost(joint, dropped).backward_flops
-        return self._gradient_flops[dropped]
+    def saved_flops(self, label: int) -> int:
+        """Operations of the backward that dropping the branch labelled ``label`` alone saves.
+
+        They are counted while the variant that keeps everything is compiled, and are 0 before: then no gradient ever
+        entered the region.
+        """
+        return self._saved_flops.get(label, 0)
+
+    def _count(self, joint: fx.Graph) -> None:
+        """Regions that differ in which inputs want gradients share this object: the costliest counts."""
+        whole = joint_cost(joint).backward_flops
+        for label in range(len(self._branch_names)):
+            saved = whole - joint_cost(joint, {label}).backward_flops
+            self._saved_flops[label] = max(saved, self._saved_flops.get(label, 0))
 
     def trace(
         self, key: VariantKey | None, decompositions: Mapping[Any, Callable[..., Any]] | None = None
@@ -115,7 +132,8 @@ class RegionVariants:
                 if dead:
                     _detach_outputs(gm, dead)
                 inputs = self._inputs(without_gradient)
-                traced = _torch.trace_graphs(gm, inputs, prune_pass(dropped), decompositions)
+                with self._compiler.partitioning(saves_all=self._saves_all):
+                    traced = _torch.trace_graphs(gm, inputs, prune_pass(dropped), decompositions)
                 if traced is not None:
                     return traced
             _remove_gates(gm)

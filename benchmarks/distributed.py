@@ -1,0 +1,143 @@
+"""Compare dropbp_fx with torch.compile on several devices of one machine, under DDP and FSDP2.
+
+python -m benchmarks.distributed 1b --processes 2 --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.distributed_worker import DistributedRequest
+from benchmarks.measure import Record
+from benchmarks.processes import Clock, failed, in_own_process
+from benchmarks.results import ResultsFile, Run
+from benchmarks.suites import SUITES, shape_of
+
+_CONTESTANTS = {
+    "ddp": ("torch.compile", "dropbp_fx", "dropbp_fx, present gradients"),
+    "fsdp2": ("torch.compile", "dropbp_fx"),
+}
+_MEASUREMENTS = ("steps", "losses", "patterns")
+#: Sequences of this length are enough to see which branches are dropped.
+_PATTERN_TOKENS = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = _parser().parse_args(given)
+    command = shlex.join(["python", "-m", "benchmarks.distributed", *given])
+    file = ResultsFile(chosen.out, Run.here(command, chosen.device), append=chosen.append, go_on=chosen.go_on)
+    clock = Clock(chosen.time_limit)
+    progress = tqdm(list(_requests(chosen)))
+    for request in progress:
+        progress.set_postfix_str(f"{request.engine}, {request.contestant}, {request.measurement}")
+        if clock.left() == 0:
+            records = [failed(request, "The run's time limit was reached before this one started.")]
+        else:
+            records = in_own_process(request, clock, worker="benchmarks.distributed_worker")
+        for record in records:
+            record.setdefault("engine", request.engine)
+            record.setdefault("processes", request.processes)
+            if "error" in record:
+                tqdm.write(f"{request.engine}, {request.contestant} failed: {record['error']}", file=sys.stderr)
+        file.add(records)
+    for title, rows in _tables(file.run.records):
+        if rows:
+            print(f"\n{title}\n")
+            print(tabulate(rows, "keys", tablefmt="github"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
+    parser.add_argument("suite", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    parser.add_argument("--processes", type=int, default=2, help="one a device")
+    parser.add_argument("--engines", nargs="+", choices=_CONTESTANTS, default=list(_CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="instead of all of an engine")
+    parser.add_argument("--measure", nargs="+", choices=_MEASUREMENTS, default=list(_MEASUREMENTS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.875])
+    parser.add_argument("--rate", type=float, default=0.5, help="of loss curves and patterns")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--curve-steps", type=int, default=50, help="length of the loss curves")
+    parser.add_argument("--pattern-steps", type=int, default=500)
+    parser.add_argument("--compile", choices=("whole", "blocks"), default="whole", help="the model, or each layer")
+    parser.add_argument("--loss", choices=("plain", "fused"), default="plain")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there")
+    parser.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
+    adding = parser.add_mutually_exclusive_group()
+    adding.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
+    adding.add_argument("--continue", action="store_true", dest="go_on", help="add to the last run, same conditions")
+    for size in ("layers", "batch", "tokens"):
+        parser.add_argument(f"--{size}", type=int, help="instead of the suite's; the batch is that of one process")
+    return parser
+
+
+def _requests(chosen: argparse.Namespace) -> Iterator[DistributedRequest]:
+    """Steps of all engines first, because a run may meet its time limit."""
+    names = ("suite", "loss", "device", "inner", "layers", "batch", "tokens", "steps", "warmup", "processes", "compile")
+    common = {name: getattr(chosen, name) for name in names}
+    plans = [(kind, engine) for kind in _MEASUREMENTS if kind in chosen.measure for engine in chosen.engines]
+    for kind, engine in plans:
+        contestants = chosen.contestants or _CONTESTANTS[engine]
+        if kind == "steps":
+            for name in contestants:
+                values = [None] if name == "torch.compile" else chosen.rates
+                yield DistributedRequest("distributed steps", name, values=values, engine=engine, **common)
+            continue
+        request = DistributedRequest(
+            f"distributed {kind}", contestants[-1], values=[chosen.rate], engine=engine, **common
+        )
+        if kind == "patterns":
+            tokens = min(_PATTERN_TOKENS, shape_of(chosen.suite, tokens=chosen.tokens).tokens)
+            yield dataclasses.replace(request, train_steps=chosen.pattern_steps, batch=1, tokens=tokens)
+            continue
+        # Together as many sequences as one process otherwise has, so that one device can hold them alone.
+        alone = max(shape_of(chosen.suite, batch=chosen.batch).batch // chosen.processes, 1) * chosen.processes
+        for processes in (chosen.processes, 1):
+            yield dataclasses.replace(
+                request, train_steps=chosen.curve_steps, processes=processes, batch=alone // processes
+            )
+
+
+def _tables(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+    good = [record for record in records if "error" not in record]
+    keys = ("engine", "contestant", "value", "step_ms", "host_ms", "peak_gib", "activation_gib", "gradient_bytes",
+            "gathered_bytes", "realised_rate")  # fmt: skip
+    yield "Steps", [_pick(record, keys) for record in good if record["measurement"] == "distributed steps"]
+    curves = [record for record in good if record["measurement"] == "distributed losses"]
+    yield (
+        "Loss curves",
+        [
+            {
+                **_pick(many, ("engine", "contestant", "value", "processes")),
+                "first": many["losses"][0],
+                "last": many["losses"][-1],
+                "last of one process": one["losses"][-1],
+                "largest difference": max(abs(a - b) for a, b in zip(many["losses"], one["losses"], strict=True)),
+            }
+            for many in curves
+            for one in curves
+            if many["processes"] > one["processes"] and many["engine"] == one["engine"]
+        ],
+    )
+    keys = ("engine", "contestant", "value", "steps", "agree", "resumed_alike", "different_patterns")
+    yield "Patterns", [_pick(record, keys) for record in good if record["measurement"] == "distributed patterns"]
+
+
+def _pick(record: Record, keys: Sequence[str]) -> Record:
+    return {key: record.get(key) for key in keys}
+
+
+if __name__ == "__main__":
+    main()
