@@ -189,7 +189,8 @@ class DropBPBackend:
             compiled = compiler.whole(gm, example_inputs)
             compiler.counts.graphs += 1
             return compiled
-        runner = self._runner(graph)
+        with _torch.unseen_by_ddp_optimizer(gm):
+            runner = self._runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
         return runner
 
@@ -556,7 +557,7 @@ class DropBPBackend:
 
 
 def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
-    if "DDPOptimizer" not in getattr(getattr(gm, "compile_subgraph_reason", None), "reason", ""):
+    if not _torch.is_cut_by_ddp_optimizer(gm):
         return
     warnings.warn(
         "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "

@@ -265,6 +265,9 @@ def graphs_that_ddp_optimizer_cut(rank: int, folder: Path) -> None:
     assert backend.stats.graphs > 1
     assert 1 < len(backend.branches) < 8
     assert any("torch._dynamo.config.optimize_ddp = False" in str(warning.message) for warning in caught)
+    loss_of(
+        run, batch_of(rank, 9, tokens=7)
+    ).backward()  # a graph with symbolic sizes, which compiles its variants at once
 
 
 def ddp_that_was_not_told_of_missing_gradients(rank: int, folder: Path) -> None:
