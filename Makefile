@@ -9,6 +9,7 @@ TEST_ARGS ?= -n 2
 BENCH_ARGS ?= run tiny --steps 5 --contestants torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 # Processes that build the documentation; the atlas traces a model for each family.
 DOCS_JOBS ?= 2
+DOCS_OUT ?= docs/_build/html
 
 # OpenMP threads that wait sleep instead of spinning: on a machine with other work, spinning makes every step many times slower.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -52,8 +53,8 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 
 docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_build/html
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs docs/_build/html
-	@echo "The documentation is in docs/_build/html/index.html."
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs $(DOCS_OUT)
+	@echo "The documentation is in $(DOCS_OUT)/index.html."
 
 bench: $(STAMP) ## compare with torch.compile and with dropping by hand (BENCH_ARGS="run 1b" on a GPU; docs/benchmarks.md)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -105,10 +105,8 @@ class TrainingRun:
 
     def timed_step(self) -> tuple[float, float]:
         """The step's loss, and its seconds, work on the device included."""
-        started = time.perf_counter()
-        loss = self.step()
-        self.synchronize()
-        return float(loss), time.perf_counter() - started
+        seconds, loss = timed(self.step, self.device)
+        return float(loss), seconds
 
     def zero_gradients(self) -> None:
         """Give every parameter a gradient, as after a step that dropped nothing."""
@@ -130,7 +128,7 @@ class TrainingRun:
             self.step()
             if _graphs_compiled() == before:
                 break
-        self.synchronize()
+        synchronize(self.device)
 
     def back_to_back(self, function: Callable[[], object], times: int) -> list[float]:
         """Milliseconds of each call, none waited for: the host runs ahead of the device as in any training loop."""
@@ -141,24 +139,24 @@ class TrainingRun:
                 marks.append(time.perf_counter())
             return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-        self.synchronize()
+        synchronize(self.device)
         events[0].record()
         for event in events[1:]:
             function()
             event.record()
-        self.synchronize()
+        synchronize(self.device)
         return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
     def synchronized_step(self) -> tuple[float, float, float]:
         """Milliseconds of one step, milliseconds until the host had issued it, GiB above what was held before."""
-        self.synchronize()
-        held = self.reset_peak()
+        synchronize(self.device)
+        held = reset_peak(self.device)
         started = time.perf_counter()
         self.step()
         host = time.perf_counter() - started
-        self.synchronize()
+        synchronize(self.device)
         whole = time.perf_counter() - started
-        return 1e3 * whole, 1e3 * host, (self.peak() - held) / 2**30
+        return 1e3 * whole, 1e3 * host, (peak(self.device) - held) / 2**30
 
     def saved_gib(self) -> float:
         """What autograd keeps for one backward, parameters and buffers not counted.
@@ -178,18 +176,34 @@ class TrainingRun:
         del loss
         return total / 2**30
 
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
-    def reset_peak(self) -> int:
-        if self.device != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+def synchronize(device: str) -> None:
+    """Wait for the device's work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
+def reset_peak(device: str) -> int:
+    """Start to watch the peak of memory; bytes held now, 0 on the CPU."""
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak(device: str) -> int:
+    """Most bytes held since :func:`reset_peak`, 0 on the CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds that ``run`` takes, work on the device included, and what it returns."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - started, result
 
 
 def _steps(request: Request) -> Iterator[Record]:
@@ -271,7 +285,7 @@ def _first_step(request: Request) -> Iterator[Record]:
             graphs, variants = _graphs_compiled(), run.training.facts().get("compiled_variants", 0)
             for _ in range(request.patterns):
                 run.step()
-            run.synchronize()
+            synchronize(run.device)
             record["patterns"] = request.patterns
             record["recompiles"] = _graphs_compiled() - graphs
             record["new_variants"] = run.training.facts().get("compiled_variants", 0) - variants
@@ -291,13 +305,13 @@ def _length(request: Request) -> Iterator[Record]:
         run.timed_step()
         run.training.compile_all()
         run.make_optimizer_state()
-        held = run.reset_peak()
+        held = reset_peak(run.device)
         milliseconds = [1e3 * run.timed_step()[1] for _ in range(request.steps)]
         record |= {
             "fits": True,
             "step_ms": round(statistics.median(milliseconds), 1),
             "held_gib": round(held / 2**30, 3),
-            "peak_gib": round(run.peak() / 2**30, 3),
+            "peak_gib": round(peak(run.device) / 2**30, 3),
         }
     except Exception as error:  # a compiler wraps what it met, so the type alone does not tell
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()

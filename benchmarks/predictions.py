@@ -2,13 +2,14 @@
 
 FLOPs are measured by ``torch.utils.flop_counter`` on the eager model with the dropped branches detached, saved bytes by
 autograd's hooks on the compiled model. With ``--results`` the predicted ratio of step costs is held against step times in
-a file that ``python -m benchmarks --json`` wrote, and the predicted savings against its activation memory.
+a file that ``python -m benchmarks run --out`` wrote, and the predicted savings against its activation memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import Llama
+from benchmarks.models import make_model
+from benchmarks.results import load
 from benchmarks.suites import SUITES
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.graph.cost import operator_flops
@@ -106,7 +108,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
 
 
 def patterns(branches: int) -> dict[str, list[int]]:
-    """Nothing dropped, every second branch, all but one."""
+    """By label, the indices of the branches dropped."""
     return {
         "nothing": [],
         "every third": list(range(0, branches, 3)),
@@ -186,41 +188,60 @@ def measured_saved_bytes(model: nn.Module, loss: Callable[[], Tensor], inputs: S
     return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Step times and activation memory by drop rate, from one run; rate 0 is torch.compile."""
+
+    suite: str
+    loss: str
+    rates: dict[float, dict[str, float]]
+
+
+def _measured(path: Path) -> list[_Measured]:
+    """What a file of results says about training steps; the first files had another format."""
+    content = json.loads(path.read_text())
+    compared = ("torch.compile", "dropbp_fx")
+    if "results" in content:
+        results = [result for result in content["results"] if result["contestant"] in compared]
+        rates = {float(rate): figures for result in results for rate, figures in result["rates"].items()}
+        return [_Measured(results[0]["shape"], "plain", rates)]
+    found: dict[tuple[int, str, str], dict[float, dict[str, float]]] = {}
+    for number, run in enumerate(load(path)):
+        for contestant in compared[::-1]:
+            for record in run.figures("steps", contestant=contestant):
+                rates = found.setdefault((number, record["suite"], record["loss_function"]), {})
+                rates[record["value"] or 0.0] = record
+    return [_Measured(suite, loss, rates) for (_, suite, loss), rates in found.items()]
+
+
 def compare_results(path: Path) -> list[dict[str, Any]]:
     """Predicted against measured ratios for every rate of dropbp_fx in a file of results."""
-    results = json.loads(path.read_text())["results"]
-    rates = {
-        float(rate): figures
-        for result in results
-        if result["contestant"] in ("torch.compile", "dropbp_fx")
-        for rate, figures in result["rates"].items()
-    }
-    shape = SUITES[results[0]["shape"]]
-    with torch.device("meta"):
-        model = Llama(shape).to(torch.bfloat16)
-        ids = torch.zeros(shape.batch, shape.tokens + 1, dtype=torch.long)
-    explanation = explain(model, ids)
-    full, gib = explanation.predict(0.0), 2**30
     rows = []
-    for rate, figures in sorted(rates.items()):
-        if not rate:
-            continue
-        predicted = explanation.predict(rate)
-        rows.append(
-            {
-                "shape": results[0]["shape"],
-                "rate": rate,
-                "predicted_ratio": predicted.relative_cost,
-                "measured_ratio": figures["step_ms"] / rates[0.0]["step_ms"],
-                "predicted_gib": (full.saved_bytes - predicted.saved_bytes) / gib,
-                "measured_gib": rates[0.0]["activation_gib"] - figures["activation_gib"],
-            }
-        )
+    for measured in _measured(path):
+        shape = SUITES[measured.suite]
+        model = make_model(shape, device="meta", dtype=torch.bfloat16, fused_loss=measured.loss == "fused")
+        explanation = explain(model, torch.zeros(shape.batch, shape.tokens + 1, dtype=torch.long, device="meta"))
+        full, gib, base = explanation.predict(0.0), 2**30, measured.rates[0.0]
+        for rate, figures in sorted(measured.rates.items()):
+            if not rate:
+                continue
+            predicted = explanation.predict(rate)
+            rows.append(
+                {
+                    "shape": measured.suite if measured.loss == "plain" else f"{measured.suite}, {measured.loss} loss",
+                    "rate": rate,
+                    "predicted_ratio": predicted.relative_cost,
+                    "measured_ratio": figures["step_ms"] / base["step_ms"],
+                    "predicted_gib": (full.saved_bytes - predicted.saved_bytes) / gib,
+                    "measured_gib": base["activation_gib"] - figures["activation_gib"],
+                }
+            )
     return rows
 
 
 def error(predicted: float, measured: float) -> str:
-    return f"{100 * (predicted - measured) / measured:+.1f} %"
+    """In percent of what was measured."""
+    return f"{100 * (predicted - measured) / measured:+.1f}"
 
 
 def main() -> None:
@@ -253,10 +274,10 @@ def main() -> None:
             "dropped",
             "GFLOPs, predicted",
             "measured",
-            "error",
+            "error, %",
             "saved MiB, predicted",
             "measured",
-            "error",
+            "error, %",
         ]
         print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
     against = [row for path in arguments.results for row in compare_results(path)]
@@ -274,8 +295,8 @@ def main() -> None:
             ]
             for row in against
         ]
-        headers = ["shape", "rate", "step cost, predicted", "measured", "error"]
-        headers += ["GiB saved, predicted", "measured", "error"]
+        headers = ["shape", "rate", "step cost, predicted", "measured", "error, %"]
+        headers += ["GiB saved, predicted", "measured", "error, %"]
         print(tabulate(table, headers, tablefmt="github", disable_numparse=True))
 
 

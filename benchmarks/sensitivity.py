@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
 import sysconfig
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from scipy import stats
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.models import Llama, Shape
+from benchmarks.measure import peak, reset_peak, timed
+from benchmarks.models import Shape, make_model
 from benchmarks.suites import SUITES
 from dropbp_fx import DropBPBackend, _torch, dropbp_backend
 
@@ -49,8 +50,9 @@ def main() -> None:
     print(tabulate(cost.items(), tablefmt="github"), flush=True)
     ranking: list[dict[str, Any]] = []
     text_shape = _GPU_TEXT if on_gpu else _CPU_TEXT
-    for name, build in (("Llama", _llama), ("GPT-2", _gpt2)):
-        ranking += _ranking(name, build, text_shape, arguments.points, device, inner)
+    for name, family in (("Llama", "llama"), ("GPT-2", "gpt2")):
+        shape = dataclasses.replace(text_shape, family=family)
+        ranking += _ranking(name, shape, arguments.points, device, inner)
         print(tabulate(ranking, headers="keys", tablefmt="github", floatfmt=".3f"), flush=True)
     overhead = [_overhead(shape, device, inner) for shape in (text_shape, cost_shape)]
     print(tabulate(overhead, headers="keys", tablefmt="github", floatfmt=".4f"), flush=True)
@@ -67,9 +69,8 @@ def main() -> None:
 
 
 def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Llama(shape).to(torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = make_model(shape, device=device, dtype=dtype, fused_loss=False)
     backend = dropbp_backend(0.5, inner=inner, seed=0)
     run = torch.compile(model, backend=backend)
     ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device)
@@ -83,22 +84,22 @@ def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
     model.zero_grad()
     reference_seconds, reference_values = [], []
     for _ in range(3):
-        seconds, values = _timed(lambda: _reference(model, backend, step), device)
+        seconds, values = timed(lambda: _reference(model, backend, step), device)
         reference_seconds.append(seconds)
         reference_values = values
     model.zero_grad()
-    held = _reset_peak(device)
+    held = reset_peak(device)
     with backend.disabled():
         step().backward()
-    step_peak = _peak(device) - held
+    step_peak = peak(device) - held
     model.zero_grad()
     backend.calibrate(step, progress=False)  # compiles
-    held = _reset_peak(device)
+    held = reset_peak(device)
     backend.calibrate(step, progress=False)
-    peak = _peak(device) - held
+    calibrate_peak = peak(device) - held
     seconds = []
     for _ in range(3):
-        one, sensitivity = _timed(lambda: backend.calibrate(step, progress=False), device)
+        one, sensitivity = timed(lambda: backend.calibrate(step, progress=False), device)
         seconds.append(one)
     differences = [abs(a - b) / b for a, b in zip(sensitivity.values, reference_values, strict=True)]
     return {
@@ -107,7 +108,7 @@ def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
         "calibrate_s": statistics.median(seconds),
         "ratio": statistics.median(seconds) / statistics.median(reference_seconds),
         "step_peak_gib": step_peak / 2**30,
-        "calibrate_peak_gib": peak / 2**30,
+        "calibrate_peak_gib": calibrate_peak / 2**30,
         "largest_relative_difference": max(differences),
     }
 
@@ -127,12 +128,8 @@ def _reference(model: nn.Module, backend: DropBPBackend, step: Callable[[], Tens
     return [float(value) for value in found]
 
 
-def _ranking(
-    name: str, build: Callable[[Shape], nn.Module], shape: Shape, points: list[int], device: str, inner: str
-) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = build(shape)
+def _ranking(name: str, shape: Shape, points: list[int], device: str, inner: str) -> list[dict[str, Any]]:
+    model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
     backend = dropbp_backend(0.5, inner=inner, seed=0, allocation="sensitivity", reallocate_every=10**9)
     run = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device == "cuda")
@@ -166,11 +163,9 @@ def _ranking(
 
 def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
     """Blocks of steps with and without the running estimate take turns."""
-    torch.manual_seed(0)
     runs: list[Callable[[], None]] = []
     for every in (None, 10**9):
-        with torch.device(device):
-            model = Llama(shape)
+        model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
         backend = dropbp_backend(
             0.5, inner=inner, seed=0, allocation="uniform" if every is None else "sensitivity", reallocate_every=every
         )
@@ -192,7 +187,7 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
             step()
     ratios = []
     for _ in range(15):
-        seconds = [_timed(lambda step=step: [step() for _ in range(20)], device)[0] for step in runs]  # type: ignore[misc]
+        seconds = [timed(lambda step=step: [step() for _ in range(20)], device)[0] for step in runs]  # type: ignore[misc]
         ratios.append(seconds[1] / seconds[0])
     size = f"{shape.layers} x {shape.width}, {shape.batch} x {shape.tokens} tokens"
     return {
@@ -201,34 +196,6 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
         "with_over_without": statistics.median(ratios),
         "spread": statistics.stdev(ratios),
     }
-
-
-def _llama(shape: Shape) -> nn.Module:
-    return Llama(shape)
-
-
-def _gpt2(shape: Shape) -> nn.Module:
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_positions=shape.tokens,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        use_cache=False,
-    )
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = transformers.GPT2LMHeadModel(config)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss  # type: ignore[no-any-return]
-
-    return Loss()
 
 
 def _text(shape: Shape, device: str) -> Any:
@@ -240,28 +207,6 @@ def _text(shape: Shape, device: str) -> Any:
     while True:
         starts = torch.randint(len(data) - shape.tokens - 1, (shape.batch,), generator=draw)
         yield torch.stack([data[s : s + shape.tokens + 1] for s in starts.tolist()]).long().to(device)
-
-
-def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
-
-
-def _reset_peak(device: str) -> int:
-    if device != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ uses public APIs and the functions below.
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
 | ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
+| ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
+| ``torch.utils._python_dispatch._disable_current_modes`` | a variant is compiled apart from the user's dispatch modes |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
@@ -28,6 +30,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -43,11 +46,13 @@ JointPass = Callable[[fx.Graph], None]
 @contextlib.contextmanager
 def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
     """Give one region its own tracing context: AOTAutograd writes per-graph metadata into the current one, and a
-    variant compiled after Dynamo has returned has none.
+    variant compiled after Dynamo has returned has none. Such a variant may also be compiled under the user's dispatch modes
+    (a selective checkpoint's, for one), which Dynamo takes off before it calls a backend.
     """
     from torch._guards import TracingContext, tracing
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    with tracing(TracingContext(fake_mode)):
+    with _disable_current_modes(), tracing(TracingContext(fake_mode)):
         yield
 
 
@@ -607,7 +612,14 @@ def _source_name(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
-def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn.Module]:
+class Owned(NamedTuple):
+    """A parameter or buffer as a graph input: the outermost module it was reached through, and itself, if it can be told."""
+
+    module: torch.nn.Module
+    value: Any
+
+
+def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
     """Find for each parameter or buffer the outermost module it was reached through, and guard on its training mode.
 
     Dynamo guards on ``module.training`` only where the traced code reads it. A graph that never did would go on
@@ -628,25 +640,24 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
     except AttributeError:  # thread-local not set: not inside Dynamo
         return {}
     scope = {"L": output.local_scope, "G": output.global_scope}
-    module_of: dict[str, torch.nn.Module | None] = {}
+    values: dict[str, Any] = {}
 
-    def evaluate(name: str) -> torch.nn.Module | None:
-        if name not in module_of:
+    def evaluate(name: str) -> Any:
+        if name not in values:
             try:
-                value = eval(name, scope)
+                values[name] = eval(name, scope)
             except Exception:  # an expression that only Dynamo's guards can evaluate
-                value = None
-            module_of[name] = value if isinstance(value, torch.nn.Module) else None
-        return module_of[name]
+                values[name] = None
+        return values[name]
 
     guarded: set[str] = set()
-    found: dict[fx.Node, torch.nn.Module] = {}
+    found: dict[fx.Node, Owned] = {}
     for node in placeholders:
-        source = getattr(node.meta.get("grapharg"), "source", None)
+        own = source = getattr(node.meta.get("grapharg"), "source", None)
         outermost: tuple[Any, torch.nn.Module] | None = None
         while source is not None:
             module = evaluate(_source_name(source))
-            if module is not None:
+            if isinstance(module, torch.nn.Module):
                 outermost = (source, module)
             source = getattr(source, "base", None)
         if outermost is None:
@@ -656,7 +667,7 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, torch.nn
         if name not in guarded:
             guarded.add(name)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
-        found[node] = module
+        found[node] = Owned(module, evaluate(_source_name(own)))
     return found
 
 
@@ -692,10 +703,55 @@ def saved_tensor_hooks_are_set() -> bool:
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
 
 
-def in_checkpoint_recomputation() -> bool:
-    """Whether this thread is recomputing a non-reentrant ``torch.utils.checkpoint`` (its hooks are the topmost)."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return bool(hooks) and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+@dataclasses.dataclass(frozen=True)
+class CheckpointCall:
+    """One non-reentrant ``torch.utils.checkpoint`` that is running, or running again inside a backward.
+
+    Attributes:
+        frame: what PyTorch knows the checkpoint by, the same object for the forward and all its recomputations.
+        run: tells its runs apart.
+        recomputes: whether this is a recomputation.
+    """
+
+    frame: Any
+    run: Any
+    recomputes: bool
+
+
+def running_checkpoints() -> tuple[CheckpointCall, ...]:
+    """The non-reentrant checkpoints around this point of this thread, innermost first.
+
+    Raises:
+        RuntimeError: PyTorch's checkpoints do not look as they did in the releases this was written for.
+    """
+    autograd: Any = torch._C._autograd
+    stack: list[tuple[Any, Any]] = []
+    try:
+        while saved_tensor_hooks_are_set():
+            stack.append(autograd._top_saved_tensors_default_hooks(True))
+            autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(stack):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return tuple(call for pack, _ in stack if (call := _checkpoint_call(pack)) is not None)
+
+
+def _checkpoint_call(pack: Any) -> CheckpointCall | None:
+    """The checkpoint whose hook packs saved tensors, ``None`` if it is somebody else's hook."""
+    name = getattr(pack, "__qualname__", "")
+    recomputes = "_recomputation_hook." in name
+    if not recomputes and "_checkpoint_hook." not in name:
+        return None
+    own = inspect.unwrap(pack)
+    cells = dict(zip(own.__code__.co_freevars, own.__closure__ or (), strict=True))
+    cell = cells.get("target_frame_ref" if recomputes else "frame")
+    frame = None if cell is None else cell.cell_contents() if recomputes else cell.cell_contents
+    if frame is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not say which torch.utils.checkpoint a compiled block is run in, so the "
+            "pattern of its forward cannot be repeated when it is recomputed. Compile the model with the checkpoints inside."
+        )
+    return CheckpointCall(frame, own, recomputes)
 
 
 def checkpoint_operator() -> Any:
@@ -737,7 +793,11 @@ _HOOKS = (
     ("torch._guards", "TracingContext"),
     ("torch._logging._internal", "trace_structured"),
     ("torch._subclasses.fake_tensor", "FakeCopyMode"),
+    ("torch.utils._python_dispatch", "_disable_current_modes"),
     ("torch._C", "_current_graph_task_id"),
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    ("torch.utils.checkpoint", "_checkpoint_hook"),
+    ("torch.utils.checkpoint", "_recomputation_hook"),
     ("functorch.compile", "min_cut_rematerialization_partition"),
 )
 

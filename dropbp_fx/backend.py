@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import logging
 import threading
@@ -26,7 +27,7 @@ from dropbp_fx.graph.branches import (
 )
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
-from dropbp_fx.graph.naming import ModuleTree, name_branches
+from dropbp_fx.graph.naming import ModuleTree, name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
@@ -37,9 +38,10 @@ from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.calibration import Calibration, calibrate
-from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
-from dropbp_fx.runtime.dispatch import RegionRunner
+from dropbp_fx.runtime.dispatch import Policy, RegionRunner
+from dropbp_fx.runtime.instances import Anchors, Instances
 from dropbp_fx.runtime.observation import Observation, Observer
 from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
@@ -91,6 +93,7 @@ class _State:
     listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
     calibration: Calibration | None = None
     calibrating_thread: int = 0
+    warned_of_sharing: bool = False
 
     @classmethod
     def of(cls, config: BackendConfig) -> _State:
@@ -157,7 +160,8 @@ class _GraphPolicy:
 class DropBPBackend:
     """A ``torch.compile`` backend that drops residual branches in the backward pass. Made by :func:`dropbp_backend`.
 
-    One backend may serve several models and graphs: branches of equal names count as one. Deep copies share the
+    One backend may serve several models and graphs: branches of equal names count as one. Layers that are compiled one by
+    one are told apart after :meth:`register`. Deep copies share the
     original's policy and compiled code (a library that copies the backend must not part it from the handle its user
     holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
     """
@@ -204,14 +208,15 @@ class DropBPBackend:
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        met, droppable = self._meet(gm, search.branches)
+        found = self._meet(gm, search.branches)
+        met, droppable = found.branches, found.droppable
         if not whole:
             self._report_absence(gm, search.branches)
         if not droppable and not whole:
             return None
         facts = {
-            branch.index: describe_branch(found, _parameters_of(found))
-            for branch, found in zip(met, search.branches, strict=True)
+            branch.index: describe_branch(residual, _parameters_of(residual))
+            for branch, residual in zip(met, search.branches, strict=True)
         }
         branches = [search.branches[position] for position in droppable]
         gates = insert_gates(gm, branches, drop=self._config.drop, rescale=self._config.rescale)
@@ -226,6 +231,7 @@ class DropBPBackend:
             indices=tuple(met[position].index for position in droppable),
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
+            met=found,
         )
 
     def reset(self) -> None:
@@ -234,17 +240,24 @@ class DropBPBackend:
         self._state.runners.clear()
         self._state.graphs.clear()
 
-    def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[list[Branch], list[int]]:
-        """Enter the graph's branches into the table; tell which of them this graph may drop."""
+    def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> MetBranches:
+        """Enter the graph's branches into the table."""
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         owners = _torch.outermost_modules(placeholders)
+        names = name_branches(branches)
+        prefixes = {owned.module: "" for owned in owners.values()}
+        # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
+        for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
+            prefixes[module] = self._state.modules.path_of(module)
         met: list[Branch] = []
         droppable: list[int] = []
-        for position, (branch, name) in enumerate(zip(branches, name_branches(branches), strict=True)):
+        homes: list[torch.nn.Module] = []
+        for position, (branch, name) in enumerate(zip(branches, names, strict=True)):
             parameters = _parameters_of(branch)
-            roots = [owners[node] for node in parameters if node in owners]
+            roots = [owners[node].module for node in parameters if node in owners]
+            homes.extend(roots[:1])
             modes = {root.training for root in roots}
-            full = name.below(self._state.modules.path_of(roots[0])) if roots else name
+            full = name.below(prefixes[roots[0]]) if roots else name
             wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
             drops = torch.is_grad_enabled() and wanted and modes != {False}
             trainable = any(example_value(node).requires_grad for node in parameters)
@@ -254,7 +267,56 @@ class DropBPBackend:
             log.info(
                 "residual branch %s in layer %s%s", full.name, full.layer, "" if drops else " (never dropped here)"
             )
-        return met, droppable
+        home = homes[0] if homes else None
+        named = [
+            (position, name_of)
+            for position, node in enumerate(placeholders)
+            if node in owners and home is not None and owners[node].module is home
+            if (name_of := parameter_name(home, owners[node].value)) is not None
+        ]
+        anchors = named[:: max(len(named) - 1, 1)][:2]  # the first and the last
+        return MetBranches(
+            branches=tuple(met),
+            names=names,
+            droppable=tuple(droppable),
+            anchors=Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors)),
+            prefix=prefixes[home] if home is not None else "",
+        )
+
+    def _enter(self, graph: CapturedGraph, parameters: Sequence[torch.Tensor]) -> Policy:
+        """The policy for the module of these parameters, one that ``graph`` serves: its branches are met like others."""
+        met, state = graph.met, self._state
+        prefix = state.modules.prefix_of(parameters, met.anchors.names)
+        if prefix is None and not state.warned_of_sharing:
+            state.warned_of_sharing = True
+            names = ", ".join(branch.name for branch in met.branches[:3])
+            warnings.warn(
+                f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
+                "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
+                "its first forward.",
+                stacklevel=2,
+            )
+        if prefix is None or prefix == met.prefix:
+            return _GraphPolicy(state, graph.indices)
+        schedule = state.schedule
+        own: list[Branch] = []
+        for branch, name in zip(met.branches, met.names, strict=True):
+            full = name.below(prefix)
+            mine = schedule.meet(full.name, full.layer, trainable=branch.trainable, droppable=branch.droppable)
+            mine.backward_flops = branch.backward_flops
+            own.append(mine)
+            log.info("residual branch %s in layer %s (code of %s)", full.name, full.layer, branch.name)
+        schedule.assign()
+        index_of = {branch.index: mine.index for branch, mine in zip(met.branches, own, strict=True)}
+        twin = dataclasses.replace(
+            graph,
+            indices=tuple(index_of[index] for index in graph.indices),
+            facts={index_of[index]: facts for index, facts in graph.facts.items()},
+        )
+        twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
+        if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
+            state.graphs.append(twin)
+        return _GraphPolicy(state, twin.indices)
 
     def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
         trains = torch.is_grad_enabled() and any(
@@ -317,7 +379,12 @@ class DropBPBackend:
             for label, branch in enumerate(region.branches):
                 schedule.weigh(graph.indices[branch], variant.saved_flops(label))
         schedule.assign()
-        runner = RegionRunner(graph, _GraphPolicy(self._state, graph.indices))
+        policies: Instances[Policy] = Instances(
+            graph.met.anchors,
+            _GraphPolicy(self._state, graph.indices),
+            functools.partial(self._enter, graph),
+        )
+        runner = RegionRunner(graph, policies)
         self._state.runners.append(runner)
         self._state.graphs.append(graph)
         if graph.program.has_symbols:
@@ -377,6 +444,31 @@ class DropBPBackend:
     @progress.setter
     def progress(self, progress: float) -> None:
         self._state.schedule.progress = checked_progress(progress)
+
+    def register(self, model: torch.nn.Module) -> None:
+        """Say which model the layers belong to that are compiled one by one.
+
+        Then the branches of all its layers are told apart and named after their place in the model, and patterns are drawn
+        over the whole of it. Call it before the first forward::
+
+            backend.register(model)
+            for layer in model.layers:
+                layer.compile(backend=backend)
+
+        A model that is compiled whole needs no registration.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            RuntimeError: branches have been met already, under names that they would then no longer have.
+        """
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"register() takes the model that the compiled layers belong to, not {model!r}.")
+        if self._state.runners:
+            raise RuntimeError(
+                f"This backend has met {len(self.branches)} branches already, and named them. Call register(model) before "
+                "the first forward of a compiled layer."
+            )
+        self._state.modules.register(model)
 
     def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop exactly these branches, given by index or name.

@@ -137,10 +137,12 @@ class Parallel(nn.Module):
         return {"x+a+b": lambda: x + a + b, "a+b+x": lambda: a + b + x, "x+(a+b)": lambda: x + (a + b)}[self.order]()
 
 
-@pytest.mark.parametrize("shared_norm", [False, True])
-@pytest.mark.parametrize("order", ["x+a+b", "a+b+x", "x+(a+b)"])
-def test_parallel_attention_and_mlp_are_two_branches(order: str, shared_norm: bool) -> None:
-    model = Stack(Parallel(order, shared_norm), Parallel(order, shared_norm))
+@pytest.mark.parametrize(
+    ("order", "shared_norm", "count"),
+    [("x+a+b", False, 2), ("a+b+x", True, 1), ("x+(a+b)", False, 1), ("x+(a+b)", True, 1)],
+)
+def test_parallel_attention_and_mlp_are_two_branches(order: str, shared_norm: bool, count: int) -> None:
+    model = Stack(*(Parallel(order, shared_norm) for _ in range(count)))
     x = torch.randn(2, 3, D)
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend)
@@ -148,8 +150,10 @@ def test_parallel_attention_and_mlp_are_two_branches(order: str, shared_norm: bo
     def loss(m: Any) -> Tensor:
         return m(x).square().sum()
 
-    assert_exact(model, run, backend, loss, [f"blocks.{i}.{part}" for i in range(2) for part in ("o", "down")])
-    assert [branch.name for branch in backend.branches] == BLOCK_NAMES
+    points = [f"blocks.{i}.{part}" for i in range(count) for part in ("o", "down")]
+    patterns = [[], [0], [1]] if count == 1 else [[], [0], [3], [1, 2], [0, 1, 3]]
+    assert_exact(model, run, backend, loss, points, patterns=patterns)
+    assert [branch.name for branch in backend.branches] == BLOCK_NAMES[: 2 * count]
 
 
 class Adapter(nn.Module):

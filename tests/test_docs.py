@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dropbp_fx.inspect import cli
+from tests.matrix import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -40,6 +41,12 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 def test_every_page_with_code_is_found() -> None:
     names = {page.name for page in PAGES}
     assert {"README.md", "tutorial.md", "trainer.md", "peft.md", "distributed.md", "policy.md", "debugging.md"} <= names
+
+
+def test_the_atlas_shows_every_kind_of_family_once() -> None:
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "atlas").glob("*.md"))
+    shown = [kind.strip() for kinds in re.findall(r"\{graph-atlas-families\} (.*)", pages) for kind in kinds.split(",")]
+    assert sorted(shown) == sorted({family.kind for family in FAMILIES})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

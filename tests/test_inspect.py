@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import dropbp_fx
 from benchmarks import predictions
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.inspect import Explanation, tables
+from dropbp_fx.policy.sampling import Unit
 from tests.matrix import family
 from tests.test_models import CASES, IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
@@ -171,12 +173,28 @@ class TestFigures:
         for pattern in explanation._patterns(0.5):
             assert all((index ^ 1) in pattern for index in pattern)
 
+    def test_predictions_are_for_the_backend_s_own_pattern(self) -> None:
+        def first_layers(units: Sequence[Unit], _rng: random.Random) -> list[int]:
+            return [index for index, unit in enumerate(units) if unit.layer.endswith((".0", ".1"))]
+
+        explanation = explain_llama(4, pattern=first_layers)
+        assert explanation._patterns(0.5) == (frozenset({0, 1, 2, 3}),) * 32
+        assert explanation.predict(0.5).saved_bytes == explanation.cost_of([0, 1, 2, 3]).saved_bytes
+        assert "mean over draws of the pattern 'first_layers'" in " ".join(str(explanation).split())
+        window = explain_llama(4, pattern="window")
+        assert window.pattern == "window"
+        for dropped in window._patterns(0.5):
+            ends = [index for index in dropped if (index + 1) % 8 not in dropped]
+            assert len(ends) == 1, f"a window is one run of layers, going on at the first after the last: {dropped}"
+
     def test_ratios_agree_with_the_measured_steps_on_a_gpu(self) -> None:
         folder = Path(__file__).parent.parent / "benchmarks" / "results"
         rows = [
-            row for name in ("h200-1b", "h200-1b-lora") for row in predictions.compare_results(folder / f"{name}.json")
+            row
+            for name in ("h200-1b-suite", "h200-1b-lora")  # of the present and of the first format
+            for row in predictions.compare_results(folder / f"{name}.json")
         ]
-        assert len(rows) == 4
+        assert [row["rate"] for row in rows] == [0.5, 0.75, 0.875, 0.5, 0.875]
         for row in rows:
             assert row["predicted_ratio"] == pytest.approx(row["measured_ratio"], rel=0.05), row
             assert row["predicted_gib"] == pytest.approx(row["measured_gib"], rel=0.01), row
@@ -269,7 +287,6 @@ class TestNothingIsTouched:
 
 LARGE = """
 import resource, sys, time
-started = time.perf_counter()
 import torch, transformers as hf
 import dropbp_fx
 config = hf.LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
@@ -280,7 +297,7 @@ with torch.device("meta"):
 explanation = dropbp_fx.explain(model, input_ids=ids, labels=ids)
 text = str(explanation)
 print(len(explanation.branches), explanation.unique_regions, explanation.parameters,
-      time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+      time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
@@ -291,7 +308,7 @@ def test_seventy_billion_parameters_in_a_minute_and_two_gibibytes() -> None:
     assert (int(branches), int(unique)) == (160, 4), "identical layers are traced once"
     assert int(parameters) == 70_553_706_496
     assert float(gibibytes) < 2
-    assert float(seconds) < 60, f"{seconds} s"
+    assert float(seconds) < 60, f"{seconds} s of one core, imports included"
 
 
 class TestTables:

@@ -38,7 +38,7 @@ def dump(directory: Path, inner: Any, model: torch.nn.Module | None = None, loss
 
 @pytest.mark.parametrize(
     "inner",
-    ["aot_eager", (boxed, boxed), pytest.param("inductor", marks=pytest.mark.inductor)],
+    ["aot_eager", (boxed, boxed), pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])],
     ids=["aot_eager", "pair", "inductor"],
 )
 def test_every_stage_is_there_for_every_inner_compiler(tmp_path: Path, inner: Any) -> None:

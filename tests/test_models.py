@@ -265,15 +265,6 @@ def test_dropout_draws_the_same_masks_as_eager() -> None:
     assert_exact(model, run, backend, loss, [f"blocks.{i}" for i in range(3)])
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_activation_checkpointing_inside_the_compiled_model(use_reentrant: bool) -> None:
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, use_cache=False))
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    backend = dropbp_backend(inner="aot_eager")
-    run = torch.compile(model.train(), backend=backend)
-    assert_exact(model, run, backend, language_loss, list(LLAMA_LIKE.values()))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters(dtype: torch.dtype) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).to(dtype)

@@ -14,28 +14,17 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp_fx import DropBPBackend, Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
+from dropbp_fx import Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.policy.allocation import objective
 from tests.flops import FlopCounter
+from tests.helpers import compile_model, dropped_in
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
 from tests.test_models import IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
 MLP = [f"blocks.{i}" for i in range(3)]
-
-
-def compile_model(model: nn.Module, rate: float = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
-    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
-    return backend, torch.compile(model, backend=backend)
-
-
-def dropped_in(backend: DropBPBackend, run: Any, loss_of: Callable[[Any], Tensor] = square_loss) -> list[int]:
-    """Indices of the branches that one training forward drops."""
-    before = {branch.name: branch.times_dropped for branch in backend.branches}
-    loss_of(run).backward()
-    return [b.index for b in backend.branches if b.times_dropped > before.get(b.name, 0)]
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -341,6 +330,16 @@ def test_a_schedule_that_nobody_advances_warns() -> None:
             r"reallocate_every must be at least 1, not 0",
         ),
         ({"total_forwards": 2.5}, TypeError, r"total_forwards must be a whole number of forwards or None, not 2\.5"),
+        (
+            {"activation_memory_budget": 1.5},
+            ValueError,
+            r"activation_memory_budget must be in \[0, 1\], not 1\.5: it is",
+        ),
+        (
+            {"activation_memory_budget": True},
+            TypeError,
+            r"activation_memory_budget must be a number in \[0, 1\] or None",
+        ),
         ({"rescale": 1}, TypeError, r"rescale must be True or False, not 1"),
         ({"schedule": "cosine"}, ValueError, r"no schedule named 'cosine'; the names are 'constant', 'ramp_up'"),
         ({"schedule": 0.5}, TypeError, r"or a function from progress \(0 to 1\) to a rate, not 0\.5"),
@@ -396,27 +395,6 @@ def test_a_bad_pattern_of_ones_own_is_refused_at_its_first_draw() -> None:
     _, run = compile_model(ResidualMLP(), pattern=lambda units, rng: [len(units)])
     with pytest.raises(IndexError, match=r"returned the index 3, but there are 3 units, numbered from 0 to 2"):
         square_loss(run)
-
-
-def test_consecutive_dropped_regions_are_one_to_autograd() -> None:
-    """From the loss to the stem there is one link, however many regions are dropped between."""
-    model = ResidualMLP(depth=12)
-    backend, run = compile_model(model)
-
-    def nodes(pattern: list[int]) -> int:
-        with backend.pinned(pattern):
-            loss = square_loss(run)
-        seen, pending = set(), [loss.grad_fn]
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in seen and not hasattr(node, "variable"):
-                seen.add(node)
-                pending.extend(following for following, _ in node.next_functions)
-        loss.backward()
-        return len(seen)
-
-    assert nodes(list(range(1, 11))) == nodes([5]) - 9
-    assert_exact(model, run, backend, square_loss, [f"blocks.{i}" for i in range(12)], patterns=[set(range(1, 11))])
 
 
 def backward_flops_of_eager(model: Any, points: list[str]) -> int:
@@ -664,3 +642,48 @@ def test_inductor_rescales_and_drops_weights() -> None:
             assert_equal(compiled(model, square_loss, run), compiled(model, square_loss, run_reference))
         assert backend.stats.realised_rate == reference.stats.realised_rate > 0
         assert IDS is not None
+
+
+# ---- activation memory -------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: nn.Module, run: Any, loss_of: Callable[[Any], Tensor]) -> int:
+    """What one forward keeps for its backward, parameters aside."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of(run)
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
+
+
+def test_a_memory_budget_recomputes_within_kept_branches_and_changes_no_gradient() -> None:
+    model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).train()
+    names = [f"model.layers.{i}.{part}" for i in range(SMALL["num_hidden_layers"]) for part in ("self_attn", "mlp")]
+    saved: list[int] = []
+    for budget in (None, 0.5, 0.0):
+        torch._dynamo.reset()
+        backend, run = compile_model(model, activation_memory_budget=budget)
+        assert_exact(model, run, backend, language_loss, names, patterns=[set(), {1}, {0, 3}])
+        with backend.disabled():
+            saved.append(saved_bytes(model, run, language_loss))
+    assert saved[2] < saved[1] < saved[0], saved
+
+
+def test_the_head_and_the_loss_are_not_recomputed_for_a_memory_budget() -> None:
+    """They would cost much and save next to nothing: FLOPs of the backward grow by the branches' forwards at most."""
+
+    def backward_flops(budget: float | None) -> int:
+        torch._dynamo.reset()
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "vocab_size": 4096})).train()
+        counter = FlopCounter()
+        _, run = compile_model(model, rate=0.0, activation_memory_budget=budget, inner=counter.inner)
+        language_loss(run).backward()
+        return counter.backward
+
+    head = 2 * IDS.numel() * SMALL["hidden_size"] * 4096
+    assert 0 < backward_flops(0.0) - backward_flops(None) < head

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend, NoResidualBranchWarning, dropbp_backend
 from dropbp_fx.backend import dropbp
+from tests.helpers import compile_model, dropped_in, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 from tests.test_models import ResidualMLP, X, square_loss
 
@@ -22,15 +23,7 @@ POINTS = ["blocks.0", "blocks.1", "blocks.2"]
 
 def make(rate: float = 0.5, **options: Any) -> tuple[nn.Module, DropBPBackend, Any]:
     model = ResidualMLP()
-    backend = dropbp_backend(rate, inner="aot_eager", **{"seed": 0, **options})
-    return model, backend, torch.compile(model, backend=backend)
-
-
-def dropped_in(backend: DropBPBackend, run: Any) -> frozenset[str]:
-    """The branches that one training forward drops."""
-    before = {branch.name: branch.times_dropped for branch in backend.branches}
-    square_loss(run).backward()
-    return frozenset(b.name for b in backend.branches if b.times_dropped > before.get(b.name, 0))
+    return model, *compile_model(model, rate, **options)
 
 
 def test_eval_with_gradients_on_never_drops_even_if_the_model_never_reads_its_training_flag() -> None:
@@ -251,7 +244,7 @@ def test_resetting_dynamo_forgets_code_and_keeps_the_policy() -> None:
 
 def test_a_new_rate_holds_from_the_next_forward_without_recompiling() -> None:
     _, backend, run = make(0.0)
-    assert dropped_in(backend, run) == frozenset()
+    assert dropped_in(backend, run) == []
     backend.rate = 2 / 3
     sizes = [len(dropped_in(backend, run)) for _ in range(6)]
     assert sizes == [2] * 6
@@ -333,25 +326,16 @@ def test_a_model_without_residual_branches_warns_or_is_refused() -> None:
 
 
 def test_module_compile_and_a_pair_of_compilers() -> None:
-    graphs: list[str] = []
-
-    def forward(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append("forward")
-        return gm.forward
-
-    def backward(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append("backward")
-        return gm.forward
-
+    calls, compilers = recording_compilers()
     model = ResidualMLP()
-    backend = dropbp_backend(inner=(forward, backward))
+    backend = dropbp_backend(inner=compilers)
     reference = copy.deepcopy(model)
     model.compile(backend=backend)
     for pattern in ([], [1]):
         with backend.pinned(pattern):
             actual = compiled(model, square_loss, model)
         assert_equal(actual, eager(reference, square_loss, [POINTS[i] for i in pattern]))
-    assert set(graphs) == {"forward", "backward"}
+    assert set(calls) == {"forward", "backward"}
 
 
 def test_gradients_with_respect_to_the_input() -> None:
@@ -388,68 +372,6 @@ def test_eval_never_drops_under_a_checkpoint_inside_the_compiled_model() -> None
     model.eval()
     for _ in range(3):
         assert_equal(compiled(model, square_loss, run), eager(model, square_loss, []))
-
-
-class Checkpointed(nn.Module):
-    """Compiled blocks with eager activation checkpointing around each, as training stacks apply it layer by layer."""
-
-    def __init__(self, use_reentrant: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(ResidualMLP(depth=2, width=8 + 4 * i) for i in range(3))
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.use_reentrant).repeat(1, 2)
-        return x
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_forward_uses_the_pattern_of_its_forward(use_reentrant: bool) -> None:
-    model = Checkpointed(use_reentrant)
-    reference = copy.deepcopy(model)
-    backends = [dropbp_backend(0.5, inner="aot_eager", seed=i) for i in range(3)]
-    for block, backend in zip(model.blocks, backends, strict=True):
-        block.compile(backend=backend)
-    before = [[0, 0]] * 3
-    for _ in range(6):
-        actual = compiled(model, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), model)
-        after = [[branch.times_dropped for branch in backend.branches] for backend in backends]
-        points = [f"blocks.{i}.blocks.{j}" for i in range(3) for j in range(2) if after[i][j] > before[i][j]]
-        before = after
-        assert_equal(
-            actual, eager(reference, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), points)
-        ) if not use_reentrant else assert_equal(actual, detached_backward(reference, points))
-    assert [backend.stats.forwards for backend in backends] == [6, 6, 6]
-
-
-def detached_backward(model: nn.Module, points: list[str]) -> Any:
-    """The oracle by ``.backward()``: reentrant checkpoints refuse ``torch.autograd.grad``."""
-    from tests.oracle import detached
-
-    with detached(model, points):
-        return compiled(model, lambda m: square_loss(lambda x: m(x.clone().requires_grad_())), model)
-
-
-def test_a_recomputation_that_cannot_be_matched_is_refused() -> None:
-    model, backend, run = make()
-    x = X.clone().requires_grad_()
-
-    def checkpointed_loss() -> Tensor:
-        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum()
-
-    with backend.pinned([0]):
-        first = checkpointed_loss()
-    with backend.pinned([1]):
-        second = checkpointed_loss()
-    with pytest.raises(RuntimeError, match="2 forwards with different patterns ran on the same input"):
-        (first + second).backward()
-    del first, second
-    model.zero_grad()
-    with backend.pinned([1]):
-        loss = checkpointed_loss()
-    loss.backward()
-    assert [model.get_parameter(f"blocks.{i}.0.weight").grad is None for i in range(3)] == [False, True, False]
 
 
 def test_dropping_with_an_optimizer_leaves_dropped_parameters_where_they_are() -> None:

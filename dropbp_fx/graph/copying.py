@@ -18,6 +18,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     (output,) = (node for node in graph.nodes if node.op == "output")
     output.meta = dict(old_output.meta)
     copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)  # a selective checkpoint's policy, for one
     for call, body in list(checkpoint_bodies(copy)):
         setattr(copy, str(call.args[0].target), copy_graph_module(body))  # type: ignore[union-attr]
     return copy

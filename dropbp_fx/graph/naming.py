@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dropbp_fx.graph.branches import ResidualBranch
 
@@ -28,18 +28,28 @@ class BranchName:
 
     def below(self, prefix: str) -> BranchName:
         """The same branch seen from a module that holds this graph's at ``prefix``."""
-        return BranchName(f"{prefix}.{self.name}", f"{prefix}.{self.layer}") if prefix else self
+        if not prefix:
+            return self
+        alone = self.layer == self.name and prefix.rpartition(".")[2].isdigit()  # the graph is a layer, in a list
+        return BranchName(f"{prefix}.{self.name}", prefix if alone else f"{prefix}.{self.layer}")
 
 
 class ModuleTree:
-    """The outermost modules of the graphs met so far.
+    """The outermost modules of the graphs met so far, and models that were registered.
 
-    After a graph break Dynamo hands over a part of a model as a graph of its own, whose paths start at that part; its
-    branches are named from the model, if the model was seen before.
+    After a graph break, or where layers are compiled one by one, Dynamo hands over a part of a model as a graph of its
+    own, whose paths start at that part; its branches are named from the model, if the model was seen before.
     """
 
     def __init__(self) -> None:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def register(self, model: nn.Module) -> None:
+        """Name what belongs to ``model`` from there on after its place in it."""
+        parts = set(map(id, model.modules()))
+        for root in [root for root in self._roots if id(root) in parts]:
+            self._roots.discard(root)
+        self._roots.add(model)
 
     def path_of(self, module: nn.Module) -> str:
         """Where ``module`` sits in a module met before; empty for a new or outermost one, which is remembered."""
@@ -47,9 +57,36 @@ class ModuleTree:
             for root in list(self._roots):
                 for path, part in root.named_modules():
                     if part is module:
-                        return str(path)
+                        return _without_wrappers(path)
             self._roots.add(module)
         return ""
+
+    def prefix_of(self, parameters: Sequence[Tensor], names: Sequence[str]) -> str | None:
+        """The path of the module that calls ``parameters`` by these ``names``, ``None`` if no such module is known."""
+        for root in list(self._roots):
+            paths: dict[int, list[str]] = {}  # a tied parameter has several
+            for path, p in root.named_parameters(remove_duplicate=False):
+                paths.setdefault(id(p), []).append(_without_wrappers(path))
+            prefixes = [
+                {prefix for path in paths.get(id(p), ()) if (prefix := _without_suffix(path, name)) is not None}
+                for p, name in zip(parameters, names, strict=True)
+            ]
+            common = set[str].intersection(*prefixes) if prefixes else set()
+            if len(common) == 1:
+                return common.pop()
+        return None
+
+
+def parameter_name(module: nn.Module, value: object) -> str | None:
+    """What ``module`` calls a parameter of its, ``None`` if it has no such parameter."""
+    found = (path for path, parameter in module.named_parameters(remove_duplicate=False) if parameter is value)
+    return next(map(_without_wrappers, found), None)
+
+
+def _without_suffix(path: str, name: str) -> str | None:
+    if path == name:
+        return ""
+    return path.removesuffix(f".{name}") if path.endswith(f".{name}") else None
 
 
 def name_branches(branches: Sequence[ResidualBranch]) -> tuple[BranchName, ...]:
@@ -129,6 +166,11 @@ def _clean(path: str) -> str:
         if root not in _FRAME_ROOTS:
             path = f"{root}{path}"
     path = _INDEX.sub(r".\1", path)
+    return _without_wrappers(path)
+
+
+def _without_wrappers(path: str) -> str:
+    """A path without what wrappers around modules (of torch.compile, FSDP, checkpoints) put into it."""
     for internal in ("._modules", ".__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
         path = path.replace(internal, "")
     return re.sub(r"\.{2,}", ".", path).strip(".")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import types
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -37,7 +39,27 @@ def _graph_key(gm: fx.GraphModule) -> Hashable:
         else:
             arguments = _constant_key((node.args, node.kwargs), number)
             entries.append((node.op, node.target if node.op != "output" else "", arguments))
-    return tuple(entries)
+    return tuple(entries), _function_key(gm.meta.get("_checkpoint_context_fn"))
+
+
+def _function_key(function: Any) -> Hashable:
+    """What a function does, as far as it shows: layers make functions of their own that differ in nothing, such as a
+    selective checkpoint's. Whatever cannot be looked into counts as itself.
+    """
+    if isinstance(function, functools.partial):
+        options = sorted(function.keywords.items())
+        return tuple(map(_function_key, (function.func, *function.args))), tuple(
+            (k, _function_key(v)) for k, v in options
+        )
+    if isinstance(function, types.FunctionType):
+        cells = tuple(_function_key(cell.cell_contents) for cell in function.__closure__ or ())
+        defaults = (*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()))
+        return function.__code__, id(function.__globals__), cells, tuple(map(_function_key, defaults))
+    if isinstance(function, (list, tuple)):
+        return type(function).__name__, tuple(map(_function_key, function))
+    if function is None or isinstance(function, (bool, int, float, str)):
+        return type(function).__name__, function
+    return id(function)
 
 
 def _constant_key(value: Any, number: dict[fx.Node, int]) -> Hashable:

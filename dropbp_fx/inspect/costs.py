@@ -66,6 +66,10 @@ class CostModel:
             self._regions[variants, key] = self._trace(variants, key)
         return self._regions[variants, key]
 
+    def saved_bytes(self, variants: RegionVariants, key: VariantKey | None) -> int:
+        """What one variant of a region saves; the forward-only variant saves nothing and is not traced for that."""
+        return 0 if key is None else self.region(variants, key).saved_bytes
+
     def _trace(self, variants: RegionVariants, key: VariantKey | None) -> RegionCost:
         traced = variants.trace(key, self._decompositions)
         if isinstance(traced, fx.GraphModule):

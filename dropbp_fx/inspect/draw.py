@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,47 +133,21 @@ def _edge_style(source: ViewNode, target: ViewNode) -> dict[str, Any]:
     if source.backward != target.backward:  # saved for the backward
         style = {"style": "dashed", "constraint": "false", "color": '"#56B4E9"'}
     if source.pruned or target.pruned:
-        style |= {"style": "dotted", "color": '"#c4c8ce"'}
+        style |= {"style": "dotted", "color": '"#9aa0a8"'}
     return style
 
 
 def _legend(pydot: Any, names: Mapping[int, str], colour: Mapping[int, str]) -> Any:
+    filled = {"fillcolor": f'"{_NEUTRAL}"', "color": f'"{_NEUTRAL}"', "fontcolor": '"white"'}
+    hollow = {"style": '"dashed,rounded"', "color": f'"{_NEUTRAL}"', "fontcolor": f'"{_NEUTRAL}"'}
+    entries: list[tuple[str, dict[str, str]]] = [
+        (name, {**filled, "fillcolor": f'"{colour[index]}"', "color": f'"{colour[index]}"'})
+        for index, name in names.items()
+    ]
+    entries += [("the stream", filled), ("pruned", hollow), ("saved for the backward", {**filled, "peripheries": "2"})]
     legend = pydot.Cluster("legend", label="", style="invis")
-    for index, name in names.items():
-        legend.add_node(
-            pydot.Node(
-                f"legend_{index}",
-                label=f'"{name}"',
-                fillcolor=f'"{colour[index]}"',
-                color=f'"{colour[index]}"',
-                fontcolor='"white"',
-            )
-        )
-    legend.add_node(
-        pydot.Node(
-            "legend_shared", label='"the stream"', fillcolor=f'"{_NEUTRAL}"', color=f'"{_NEUTRAL}"', fontcolor='"white"'
-        )
-    )
-    legend.add_node(
-        pydot.Node(
-            "legend_pruned",
-            label='"pruned"',
-            style='"dashed,rounded"',
-            color=f'"{_NEUTRAL}"',
-            fontcolor=f'"{_NEUTRAL}"',
-        )
-    )
-    legend.add_node(
-        pydot.Node(
-            "legend_saved",
-            label='"saved for the backward"',
-            peripheries="2",
-            fillcolor=f'"{_NEUTRAL}"',
-            color=f'"{_NEUTRAL}"',
-            fontcolor='"white"',
-        )
-    )
-    keys = [node.get_name() for node in legend.get_nodes()]
-    for above, below in itertools.pairwise(keys):
-        legend.add_edge(pydot.Edge(above, below, style="invis"))
+    for number, (label, style) in enumerate(entries):
+        legend.add_node(pydot.Node(f"legend_{number}", label=f'"{label}"', **style))
+    for below in range(1, len(entries)):
+        legend.add_edge(pydot.Edge(f"legend_{below - 1}", f"legend_{below}", style="invis"))
     return legend

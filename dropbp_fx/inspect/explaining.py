@@ -106,6 +106,7 @@ def _explained(
         granularity=backend._config.granularity,
         rate=rate,
         inner=inner if isinstance(inner, str) else "custom",
+        pattern=backend._config.pattern,
         parameters=parameters,
         trainable_parameters=trainable,
     )
@@ -135,8 +136,8 @@ def _branches_of(
             if key not in figures:
                 figures[key] = {
                     **_joint_figures(variants.joint, label),
-                    "saved_bytes_kept": costs.region(variants, kept[region].key).saved_bytes,
-                    "saved_bytes_dropped": costs.region(variants, alone.key).saved_bytes,
+                    "saved_bytes_kept": costs.saved_bytes(variants, kept[region].key),
+                    "saved_bytes_dropped": costs.saved_bytes(variants, alone.key),
                 }
             measured = figures[key]
         explained.append(

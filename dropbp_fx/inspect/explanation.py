@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dropbp_fx.config import checked_rate
 from dropbp_fx.inspect.costs import CostModel, PatternCost
-from dropbp_fx.inspect.patterns import Droppable, sample_patterns
+from dropbp_fx.inspect.patterns import sample_patterns
+from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.patterns import Pattern, pattern_name
+from dropbp_fx.policy.schedule import Granularity
 from dropbp_fx.runtime.captured import CapturedGraph
 
 if TYPE_CHECKING:
@@ -108,6 +111,7 @@ class Explanation:
         granularity: "branch" or "layer": what is dropped as a whole.
         rate: the drop rate of the backend that was explained.
         inner: the inner compiler for which saved bytes are predicted.
+        pattern: the pattern of the backend that was explained, whose draws predictions are means over.
         parameters: elements of all parameters of the model; ``None`` for a live backend.
         trainable_parameters: those of them that require a gradient.
         graphs: how many training graphs Dynamo makes of the model.
@@ -123,9 +127,10 @@ class Explanation:
         branches: Sequence[ExplainedBranch],
         graphs: Sequence[CapturedGraph],
         costs: CostModel,
-        granularity: str,
+        granularity: Granularity,
         rate: float,
         inner: str,
+        pattern: Pattern,
         parameters: int | None,
         trainable_parameters: int | None,
     ) -> None:
@@ -135,6 +140,8 @@ class Explanation:
         self.granularity = granularity
         self.rate = rate
         self.inner = inner
+        self.pattern = pattern_name(pattern)
+        self._pattern = pattern
         self.parameters = parameters
         self.trainable_parameters = trainable_parameters
         self.graphs = len(graphs)
@@ -182,9 +189,9 @@ class Explanation:
         return total
 
     def predict(self, rate: float) -> Prediction:
-        """What a step costs when every branch is dropped at ``rate``: the mean over patterns that the policy draws.
+        """What a step costs when every branch is dropped at ``rate``: the mean over draws of the backend's pattern.
 
-        The patterns are the same for every call. The variants of the regions are traced when the first prediction is
+        The draws are the same for every call. The variants of the regions are traced when the first prediction is
         made (seconds), later ones are quick.
 
         Raises:
@@ -210,11 +217,13 @@ class Explanation:
         return self._predictions[rate]
 
     def _patterns(self, rate: float) -> tuple[frozenset[int], ...]:
-        units = [
-            Droppable(branch.index, branch.name, branch.layer, branch.trainable, branch.backward_flops)
+        if not rate:
+            return (frozenset(),)
+        branches = [
+            Branch(branch.index, branch.name, branch.layer, rate, branch.trainable, True, branch.backward_flops)
             for branch in self.droppable
         ]
-        return sample_patterns(units, rate, self.granularity, PATTERNS)
+        return sample_patterns(branches, self._pattern, self.granularity, PATTERNS)
 
     # ---- pictures --------------------------------------------------------------------------------------------------
 

@@ -89,8 +89,8 @@ def footnote(explanation: Explanation) -> str:
     return (
         "FLOPs: matrix products, convolutions and attention; backward FLOPs are what dropping the branch saves. Saved: "
         "bytes held for the backward, branch kept / dropped. Step cost: forward and backward FLOPs against rate 0, "
-        f"without the optimizer; mean over random patterns (granularity {explanation.granularity!r}, inner "
-        f"{explanation.inner!r})."
+        f"without the optimizer; mean over draws of the pattern {explanation.pattern!r} (granularity "
+        f"{explanation.granularity!r}, inner {explanation.inner!r})."
     )
 
 
@@ -187,6 +187,7 @@ def as_dict(explanation: Explanation, rates: Iterable[float]) -> dict[str, Any]:
         "granularity": explanation.granularity,
         "rate": explanation.rate,
         "inner": explanation.inner,
+        "pattern": explanation.pattern,
         "parameters": explanation.parameters,
         "trainable_parameters": explanation.trainable_parameters,
         "graphs": explanation.graphs,

@@ -33,6 +33,7 @@ __all__ = [
     "WindowPattern",
     "checked_draw",
     "frequencies",
+    "pattern_name",
     "resolve_pattern",
 ]
 
@@ -115,6 +116,15 @@ class _FunctionPattern:
         return self.function(units, rng)
 
 
+def _builtin() -> dict[str, Pattern]:
+    return {
+        "random": RandomPattern(),
+        "independent": IndependentPattern(),
+        "suffix": SuffixPattern(),
+        "window": WindowPattern(),
+    }
+
+
 def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
     """The pattern of a name, a pattern itself, or one that calls a function.
 
@@ -122,12 +132,7 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
         ValueError: no built-in pattern has the name.
         TypeError: ``pattern`` is a class, or neither a string nor a pattern nor a function.
     """
-    builtin: dict[str, Pattern] = {
-        "random": RandomPattern(),
-        "independent": IndependentPattern(),
-        "suffix": SuffixPattern(),
-        "window": WindowPattern(),
-    }
+    builtin = _builtin()
     if isinstance(pattern, str):
         if pattern not in builtin:
             raise ValueError(
@@ -147,6 +152,13 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
         f"pattern is {pattern!r}, but must be one of the names {', '.join(map(repr, builtin))}, an object with a method "
         "draw(units, rng), or a function of (units, rng) that returns the indices of the units to drop."
     )
+
+
+def pattern_name(pattern: Pattern) -> str:
+    """The name that :func:`resolve_pattern` knows a pattern by; of a user's own, the name of its function or class."""
+    if isinstance(pattern, _FunctionPattern):
+        return getattr(pattern.function, "__name__", repr(pattern.function))
+    return next((name for name, known in _builtin().items() if known == pattern), type(pattern).__name__)
 
 
 def frequencies(pattern: Pattern, units: Sequence[Unit]) -> list[float]:

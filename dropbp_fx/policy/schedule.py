@@ -400,11 +400,7 @@ class Schedule:
         key = tuple([branch.index for branch in branches])
         found = self._units_of.get(key)
         if found is None:
-            groups: dict[str, list[Branch]] = {}
-            for branch in branches:
-                groups.setdefault(branch.name if self.granularity == "branch" else branch.layer, []).append(branch)
-            found = [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
-            self._units_of[key] = found
+            found = self._units_of[key] = units_of(branches, self.granularity)
         return found
 
     # ---- what is asked about it ------------------------------------------------------------------------------------
@@ -524,6 +520,14 @@ class Schedule:
                 f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
                 "load_state_dict."
             )
+
+
+def units_of(branches: Iterable[Branch], granularity: Granularity) -> list[tuple[Unit, list[int]]]:
+    """What is dropped as a whole, in the order of execution, with the indices of its branches."""
+    groups: dict[str, list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault(branch.name if granularity == "branch" else branch.layer, []).append(branch)
+    return [(_unit(group), [branch.index for branch in group]) for group in groups.values()]
 
 
 def _plain(item: int | str | Branch) -> int | str:

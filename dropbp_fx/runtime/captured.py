@@ -7,9 +7,31 @@ import functools
 from collections.abc import Mapping
 
 from dropbp_fx.graph.describe import BranchFacts
+from dropbp_fx.graph.naming import BranchName
 from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.policy.branches import Branch
+from dropbp_fx.runtime.instances import Anchors
 from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
+
+
+@dataclasses.dataclass(frozen=True)
+class MetBranches:
+    """The branches of one graph, for the module it is compiled for.
+
+    Attributes:
+        branches: as in the backend's table, in the graph's order.
+        names: seen from that module.
+        droppable: positions of those that this graph may drop.
+        anchors: tell other modules apart that the graph serves.
+        prefix: where that module is in its model.
+    """
+
+    branches: tuple[Branch, ...]
+    names: tuple[BranchName, ...]
+    droppable: tuple[int, ...]
+    anchors: Anchors
+    prefix: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +44,7 @@ class CapturedGraph:
         indices: for each of the program's branches its index in the backend's table.
         facts: by index in the table, for every branch of the graph, those that can never be dropped included.
         rejected: adds that were not taken for a branch, by the name of their node, and why.
+        met: all its branches, and what is needed to tell the modules apart that it serves.
     """
 
     program: RegionProgram
@@ -29,6 +52,7 @@ class CapturedGraph:
     indices: tuple[int, ...]
     facts: Mapping[int, BranchFacts]
     rejected: tuple[tuple[str, str], ...]
+    met: MetBranches
 
     @functools.cached_property
     def planner(self) -> Planner:

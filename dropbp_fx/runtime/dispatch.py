@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from dropbp_fx.graph.regions import Region, RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.chain import Chain, chained
+from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
@@ -71,31 +72,31 @@ class RegionRunner:
 
     Args:
         graph: its regions and their variants.
-        policy: asked at each forward.
+        policies: asked at each forward, for the module that the graph then runs for.
     """
 
     def __init__(
         self,
         graph: CapturedGraph,
-        policy: Policy,
+        policies: Instances[Policy],
     ) -> None:
         self._program = graph.program
         self._variants = graph.variants
         self._planner = graph.planner
-        self._policy = policy
+        self._policies = policies
         self._scales: dict[int, tuple[float, Tensor]] = {}
-        self._memory = PatternMemory(graph.program.examples)
+        self._memory = PatternMemory()
         self._plans: collections.OrderedDict[frozenset[int], _Plan] = collections.OrderedDict()
         self._returned = {slot for slot in graph.program.outputs if isinstance(slot, int)}
         self._held_back = [_gradient_bytes(graph.program, region) for region in graph.program.regions]
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        calibration = self._policy.calibration()
+        policy = self._policies.of(arguments)
+        calibration = policy.calibration()
         if calibration is not None:
-            return self._calibrate(calibration, arguments)
-        key = self._memory.key(arguments)
-        drawn, observation = self._drawn(key)
+            return self._calibrate(calibration, policy, arguments)
+        drawn, observation = self._drawn(policy)
         plan = self._plan(drawn.dropped)
         values = self._values(arguments, drawn.scales)
         del arguments
@@ -110,12 +111,10 @@ class RegionRunner:
                 if observation is None or step.forward_only:
                     _run_step(step, values)
                 else:
-                    self._run_behind_border(step, values, observation)
-        outputs = self._outputs(values)
-        self._memory.remember(key, outputs, drawn)
-        return outputs
+                    self._run_behind_border(step, policy, values, observation)
+        return self._outputs(values)
 
-    def _calibrate(self, calibration: Calibration, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
         values = self._values(arguments, ())
         del arguments
@@ -124,11 +123,13 @@ class RegionRunner:
             if step.forward_only:
                 _run_step(step, values)
             else:
-                self._run_behind_border(step, values, calibration)
+                self._run_behind_border(step, policy, values, calibration)
         return self._outputs(values)
 
-    def _run_behind_border(self, step: Step, values: list[Any], watcher: Calibration | Observation) -> None:
-        branches = tuple(self._policy.index(branch) for branch in self._program.regions[step.region].branches)
+    def _run_behind_border(
+        self, step: Step, policy: Policy, values: list[Any], watcher: Calibration | Observation
+    ) -> None:
+        branches = tuple(policy.index(branch) for branch in self._program.regions[step.region].branches)
         made = watcher.run(step, self._variants[step.region], branches, values)
         for slot, value in zip(step.outputs, made, strict=True):
             values[slot] = value
@@ -152,19 +153,14 @@ class RegionRunner:
     def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
 
-    def _drawn(self, key: Hashable) -> tuple[Drawn, Observation | None]:
-        if _torch.in_backward():
-            repeated = self._memory.recall(key)
-            if repeated is not None:
-                return repeated, None
-            if _torch.in_checkpoint_recomputation():
-                raise RuntimeError(
-                    "A checkpointed block is being recomputed on other tensors than its forward read, so the pattern of "
-                    "that forward cannot be told. Do not move a checkpoint's inputs between forward and backward, or "
-                    "compile the model with the checkpoints inside."
-                )
-        drawn = self._policy.draw()
-        return drawn, self._policy.observation()
+    def _drawn(self, policy: Policy) -> tuple[Drawn, Observation | None]:
+        around = _torch.running_checkpoints()
+        drawn, observation = self._memory.recall(around), None
+        if drawn is None:
+            drawn = policy.draw()
+            observation = policy.observation()
+        self._memory.note(around, drawn)
+        return drawn, observation
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept."""

@@ -1,9 +1,10 @@
 """Give a recomputed forward the pattern of the forward it repeats.
 
 Non-reentrant ``torch.utils.checkpoint`` around a compiled block runs the block again during the backward. Were a new
-pattern drawn then, gradients would be wrong. A recomputation reads the very tensors that its forward read (the checkpoint
-keeps them alive), so the forwards whose autograd graph is still there are remembered by their inputs. A forward inside a
-backward that repeats no other (reentrant checkpoints, whose first run is without gradients) draws like any other.
+pattern drawn then, gradients would be wrong. PyTorch keeps one object for a checkpoint's forward and its recomputations,
+so the patterns are noted with it, in the order in which the checkpointed function ran compiled graphs. A forward inside a
+backward that is no part of such a recomputation (reentrant checkpoints, whose first run is without gradients) draws like
+any other.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from dropbp_fx import _torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,64 +31,42 @@ class Drawn:
     scales: tuple[float, ...] = ()
 
 
-class _Alive:
-    """Lives exactly as long as the autograd node it is attached to."""
-
-
 class PatternMemory:
-    """The patterns of a compiled graph's forwards that have not been through their backward yet, by their inputs.
+    """The patterns of one compiled graph's forwards inside of checkpoints, for as long as the checkpoints exist."""
 
-    Args:
-        examples: example inputs of the graph; parameters do not tell forwards apart and are left out.
-    """
-
-    def __init__(self, examples: Sequence[Any]) -> None:
-        self._telling = [
-            index
-            for index, example in enumerate(examples)
-            if isinstance(example, torch.Tensor) and not isinstance(example, torch.nn.Parameter)
-        ]
-        self._pending: dict[Hashable, weakref.WeakKeyDictionary[_Alive, Drawn]] = {}
+    def __init__(self) -> None:
+        self._drawn: weakref.WeakKeyDictionary[Any, list[Drawn]] = weakref.WeakKeyDictionary()  # by frame
+        self._repeated: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by run: calls so far
         self._lock = threading.Lock()
-        self._sweep_at = 64
 
-    def key(self, inputs: Sequence[Any]) -> Hashable:
-        """What tells one forward's inputs from another's."""
-        return tuple(_identity(inputs[index]) for index in self._telling)
+    def recall(self, around: Sequence[_torch.CheckpointCall]) -> Drawn | None:
+        """The pattern of the forward that the present one repeats, ``None`` if it repeats none.
 
-    def remember(self, key: Hashable, outputs: Sequence[Any], pattern: Drawn) -> None:
-        """Note the pattern of a forward for as long as its autograd graph exists."""
-        node = next((o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None), None)
-        if node is None:
-            return
-        alive = _Alive()
-        metadata: Any = node.metadata
-        metadata["dropbp_fx"] = alive
-        with self._lock:
-            self._pending.setdefault(key, weakref.WeakKeyDictionary())[alive] = pattern
-            if len(self._pending) > self._sweep_at:
-                self._pending = {key: forwards for key, forwards in self._pending.items() if len(forwards)}
-                self._sweep_at = 64 + 2 * len(self._pending)
-
-    def recall(self, key: Hashable) -> Drawn | None:
-        """The pattern of the pending forward on these inputs, ``None`` if there is none.
+        Args:
+            around: the running checkpoints, innermost first.
 
         Raises:
-            RuntimeError: there are several with different patterns.
+            RuntimeError: the checkpointed function takes another way than it did.
         """
+        again = next((call for call in around if call.recomputes), None)
+        if again is None:
+            return None
         with self._lock:
-            patterns = set(self._pending.get(key, {}).values())
-        if len(patterns) > 1:
-            raise RuntimeError(
-                f"{len(patterns)} forwards with different patterns ran on the same input before their backward, so it "
-                "cannot be told which of them is being recomputed. Run the backward after each forward, or give the "
-                "forwards one pattern with backend.pinned(...)."
-            )
-        return next(iter(patterns), None)
+            number = self._repeated.get(again.run, 0)
+            self._repeated[again.run] = number + 1
+            drawn = self._drawn.get(again.frame, ())
+            if number < len(drawn):
+                return drawn[number]
+        raise RuntimeError(
+            f"A checkpointed function runs a compiled block for the {number + 1}. time when it is recomputed, and ran it "
+            f"{len(drawn)} times in its forward, so the pattern of that forward cannot be told. Let the function do the "
+            "same in both, and Dynamo not compile anew in between; or compile the model with the checkpoints inside."
+        )
 
-
-def _identity(value: torch.Tensor) -> Hashable:
-    # A wrapper subclass has no memory of its own; checkpoints keep the object itself.
-    if type(value) is not torch.Tensor:
-        return id(value)
-    return value.data_ptr(), value._version if not value.is_inference() else 0
+    def note(self, around: Sequence[_torch.CheckpointCall], drawn: Drawn) -> None:
+        """Remember what a forward does for the checkpoints it is the first or another run of."""
+        for call in around:
+            if call.recomputes:
+                return
+            with self._lock:
+                self._drawn.setdefault(call.frame, []).append(drawn)

@@ -1,0 +1,1 @@
+"""Callbacks for other packages' training loops. Nothing in the rest of the package imports them."""

@@ -1,0 +1,41 @@
+"""What tests of many files do: compile a model, look at what a forward drops, watch the inner compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropbp_fx import DropBPBackend, dropbp_backend
+from tests.test_models import square_loss
+
+Compiler = Callable[[fx.GraphModule, Any], Any]
+
+
+def compile_model(model: nn.Module, rate: float = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
+    """A backend, seeded and without code generation unless told otherwise, and the model compiled with it."""
+    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
+    return backend, torch.compile(model, backend=backend)
+
+
+def dropped_in(backend: DropBPBackend, run: Any, loss_of: Callable[[Any], Tensor] = square_loss) -> list[int]:
+    """Indices of the branches that one training forward drops."""
+    before = {branch.name: branch.times_dropped for branch in backend.branches}
+    loss_of(run).backward()
+    return [b.index for b in backend.branches if b.times_dropped > before.get(b.name, 0)]
+
+
+def recording_compilers() -> tuple[list[str], tuple[Compiler, Compiler]]:
+    """A pair of inner compilers that run graphs as they are, and the list of their calls: "forward", "backward"."""
+    calls: list[str] = []
+
+    def recording(name: str) -> Compiler:
+        def compiler(gm: fx.GraphModule, _inputs: Any) -> Any:
+            calls.append(name)
+            return gm.forward
+
+        return compiler
+
+    return calls, (recording("forward"), recording("backward"))
