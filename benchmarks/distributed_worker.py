@@ -138,6 +138,7 @@ class DistributedRun(TrainingRun):
             compiler: Any = self.request.inner
         else:
             compiler = self.backend = dropbp_backend(rate=0.0, inner=self.request.inner, seed=0)
+            self.backend.register(model)
         for module in model.layers if self.request.compile == "blocks" else [model]:
             module.compile(backend=compiler, dynamic=False)
 
