@@ -543,7 +543,7 @@ class DropBPBackend:
         Raises:
             TypeError: ``step`` is not callable, or does not return a scalar tensor.
             ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
-            RuntimeError: the step uses reentrant activation checkpointing.
+            RuntimeError: the step uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
         check_calibration(step, metric, batches)

@@ -42,7 +42,7 @@ from benchmarks.models import Llama
 from benchmarks.results import load
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present
+from dropbp_fx.distributed import all_reduce_present, gathered_parameters
 from tests.oracle import detached
 
 WORLD = 2
@@ -411,7 +411,11 @@ def calibration_and_re_allocation_of_shards(rank: int, folder: Path) -> None:
     backend.register(model)
     model.compile(backend=backend)
     sharded(model)
-    found = backend.calibrate(lambda: loss_of(model, batch_of(rank, 0)))
+    with pytest.raises(RuntimeError, match="Calibrate inside of dropbp_fx.distributed.gathered_parameters"):
+        backend.calibrate(lambda: loss_of(model, batch_of(rank, 0)))
+    with gathered_parameters(model):
+        found = backend.calibrate(lambda: loss_of(model, batch_of(rank, 0)))
+    torch._dynamo.reset()  # it remembers that this code has breaks in it
     single, alone = Model(), backend_of()
     single.compile(backend=alone)
     wanted = alone.calibrate(lambda: loss_of(single, batch_of(rank, 0)))
