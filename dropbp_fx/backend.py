@@ -225,7 +225,7 @@ class DropBPBackend:
         variants = self._variants_of(program, compiler, names)
         if artifacts.wanted():
             self._show(gm, program, variants, names)
-        return CapturedGraph(
+        graph = CapturedGraph(
             program=program,
             variants=variants,
             indices=tuple(met[position].index for position in droppable),
@@ -233,6 +233,23 @@ class DropBPBackend:
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
             met=found,
         )
+        self._find_ways_to_trainable_inputs(graph)
+        return graph
+
+    def _find_ways_to_trainable_inputs(self, graph: CapturedGraph) -> None:
+        """A branch without trainable parameters counts as trainable if, it alone being kept, something is trained that is
+        not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
+        dropped, nothing would be left to train.
+        """
+        frozen = [k for k, index in enumerate(graph.indices) if not self._state.schedule.branches[index].trainable]
+        if not frozen:
+            return
+        everything = frozenset(range(len(graph.indices)))
+        without = graph.planner.reached(everything)
+        for k in frozen:
+            alone = graph.planner.reached(everything - {k})
+            leads = any(inputs & ~known for inputs, known in zip(alone, without, strict=True))
+            self._state.schedule.branches[graph.indices[k]].trainable = leads
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""

@@ -357,7 +357,8 @@ def through_bytes() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
 
     def unpack(packed: Any) -> Tensor:
         data, dtype, shape = packed
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+        values = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return values.reshape(shape)
 
     return pack, unpack
 

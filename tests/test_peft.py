@@ -133,7 +133,15 @@ def test_a_prefix_is_trained_through_kept_branches_only() -> None:
     patterns = some_patterns(4, trainable=ATTENTION)  # some attention is kept, or nothing would be trained
     assert_exact(model, run, backend, language_loss, points, patterns=patterns)
     assert [branch.name for branch in backend.branches] == points
-    assert not any(branch.trainable for branch in backend.branches)
+    assert [branch.index for branch in backend.branches if branch.trainable] == ATTENTION
+    with (
+        pytest.raises(ValueError, match="drops all 2 branches that have trainable parameters"),
+        backend.pinned(ATTENTION),
+    ):
+        pass
+    backend.rate = 0.9
+    for _ in range(12):  # a draw that dropped all attention would leave the loss without a gradient
+        language_loss(run).backward()
 
 
 def test_dora_is_exact_once_dynamo_can_trace_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ class Branch:
         name: unique and readable, from the module tree (``model.layers.3.self_attn``).
         layer: the layer it belongs to (``model.layers.3``).
         rate: its drop rate at present, in [0, 1).
-        trainable: whether it has parameters that require a gradient.
+        trainable: whether it has parameters that require a gradient, or a gradient passes through it to something trainable
+            that it reaches in no other way, such as the prefix of prefix tuning.
         droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
             parameter there is nothing to drop, and the branch takes no part in the draw.
         backward_flops: floating-point operations that dropping it saves in one backward, from its joint graph.

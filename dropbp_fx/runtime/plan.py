@@ -14,6 +14,8 @@ regions of one structure together.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -169,6 +171,22 @@ class Planner:
             Decision(role.key, label, role.live, tuple((j, region.inputs[k]) for j, k in role.links))
             for region, label, role in zip(self._program.regions, labels, roles, strict=True)
         )
+
+    def reached(self, dropped: Collection[int]) -> tuple[int, ...]:
+        """For each value that the graph returns, in order of slots, which graph inputs that require a gradient get one from
+        it in the pattern that drops the branches numbered ``dropped``: a set as bits, by position among the inputs.
+        """
+        required = self._required.copy()
+        reach = [0] * self._program.slots
+        for position, slot in enumerate(self._program.inputs):
+            reach[slot] = 1 << position if required[slot] else 0
+        for region, situations in zip(self._program.regions, self._situations, strict=True):
+            label = frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
+            flow = situations.flow(label, tuple([required[slot] for slot in region.inputs]), len(region.outputs))
+            for slot, sources in zip(region.outputs, flow.sources, strict=True):
+                required[slot] = bool(sources)
+                reach[slot] = functools.reduce(operator.or_, [reach[region.inputs[k]] for k in sources], 0)
+        return tuple(reach[slot] for slot in sorted(self._returned))
 
     def plan(self, dropped: Collection[int], *, repeatable: bool = False) -> tuple[Step, ...]:
         """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
