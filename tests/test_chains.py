@@ -208,3 +208,39 @@ def test_a_backward_may_be_repeated_where_nothing_is_written_over() -> None:
         once = torch.autograd.grad(loss, parameters, retain_graph=True)
         for first, second in zip(once, torch.autograd.grad(loss, parameters), strict=True):
             torch.testing.assert_close(first, second)
+
+
+class TwoHeads(nn.Module):
+    """Returns two values that different blocks lead to, as an encoder-decoder does beside its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for block in self.blocks[:2]:
+            x = x + torch.relu(block(x))
+        left = right = x
+        for a, b in zip(self.blocks[2:4], self.blocks[4:], strict=True):
+            left = left + torch.relu(a(left))
+            right = right + torch.tanh(b(right))
+        return left, right, left + right
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+def test_outputs_that_nobody_differentiates_leave_gradients_none(used: tuple[int, ...]) -> None:
+    """Within one autograd node too, a gradient that does not exist is told from one that is zero."""
+    model = TwoHeads()
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+
+    def some(forward: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        outputs = forward(batch())
+        return torch.stack([outputs[index].square().sum() for index in used]).sum()
+
+    order = [f"blocks.{index}" for index in (0, 1, 2, 4, 3, 5)]
+    assert_exact(model, run, backend, some, order, patterns=[set(), {1}, {2, 5}, {0, 3, 4}])
+    with backend.disabled():
+        node = run(batch())[0].grad_fn
+    assert type(node).__name__ == "_ChainFunctionBackward"

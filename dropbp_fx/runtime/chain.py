@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dropbp_fx import _torch
 from dropbp_fx.runtime.plan import Step
+from dropbp_fx.runtime.undefined import UndefinedGradients
 
 #: Bytes of gradients that a chain may hold back.
 _HELD_BACK = 2**26
@@ -37,7 +38,8 @@ class _Link:
         forward: its code.
         backward: that of its backward, ``None`` where it runs forward-only.
         unsafe_views: outputs that share memory with what its backward may need.
-        tangents: slots whose gradients its backward takes, and what they look like.
+        tangents: outputs whose gradients its backward takes: position, slot, and what they look like.
+        undefined: tells which gradients exist where some of those do not, ``None`` where all of them always do.
         graded: for each gradient that the backward returns the slot it belongs to, ``None`` where there is none.
         passed: pairs (output slot, earlier slot) of a forward-only region: that output's gradient is that slot's.
     """
@@ -48,7 +50,8 @@ class _Link:
     forward: _torch.BoxedCode
     backward: _torch.BoxedCode | None
     unsafe_views: tuple[int, ...]
-    tangents: tuple[tuple[int, _torch.TangentLike], ...]
+    tangents: tuple[tuple[int, int, _torch.TangentLike], ...]
+    undefined: UndefinedGradients | None
     graded: tuple[int | None, ...]
     passed: tuple[tuple[int, int], ...]
 
@@ -69,7 +72,8 @@ class Chain:
         #: Slots of values from before the chain that get a gradient from it.
         self.wanted = tuple(slot for slot in wanted if slot not in made)
         #: Slots of the values it hands on that carry a gradient.
-        carrying = {slot for link in self._links for slot, _ in (*link.tangents, *link.passed)}
+        carrying = {slot for link in self._links for _, slot, _ in link.tangents}
+        carrying |= {slot for link in self._links for slot, _ in link.passed}
         self.carrying = tuple(
             slot for link in self._links for slot in link.outputs if slot in needed and slot in carrying
         )
@@ -145,9 +149,16 @@ class Chain:
                         _add(gradients, source, gradients.pop(slot, None))
                     continue
                 arguments = saved.pop()
-                for slot, like in link.tangents:
+                defined = [position for position, slot, _ in link.tangents if slot in gradients]
+                if not defined:
+                    continue
+                for _, slot, like in link.tangents:
                     arguments.append(_as_expected(gradients.pop(slot, None), like))
-                for target, gradient in zip(link.graded, link.backward(arguments), strict=True):
+                targets = link.graded
+                if len(defined) < len(link.tangents) and link.undefined is not None:
+                    reached = link.undefined.reached(defined)
+                    targets = tuple(slot if k in reached else None for k, slot in enumerate(targets))
+                for target, gradient in zip(targets, link.backward(arguments), strict=True):
                     if target is not None:
                         _add(gradients, target, gradient)
 
@@ -169,7 +180,8 @@ def _link(step: Step) -> _Link:
         unsafe_views=code.unsafe_views,
         tangents=()
         if forward_only
-        else tuple((step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True)),
+        else tuple((j, step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True)),
+        undefined=step.undefined,
         graded=tuple(graded),
         passed=tuple((step.outputs[position], source) for position, source in step.links),
     )
@@ -193,9 +205,7 @@ def chained(steps: Sequence[Step], held_back: Sequence[int], returned: Collectio
     parts: list[Chain | Step] = []
     for first, last in _runs(steps, held_back):
         mine = steps[first:last]
-        parts.append(
-            Chain(mine, needed_after[last - 1]) if mine[0].flat is not None and mine[0].undefined is None else mine[0]
-        )
+        parts.append(Chain(mine, needed_after[last - 1]) if mine[0].flat is not None else mine[0])
     return tuple(parts)
 
 
@@ -203,7 +213,7 @@ def _runs(steps: Sequence[Step], held_back: Sequence[int]) -> Iterator[tuple[int
     """The bounds of the chains, and of the steps that are in none."""
     first, held = 0, 0
     for number, step in enumerate(steps):
-        alone = step.flat is None or step.undefined is not None
+        alone = step.flat is None
         mine = 0 if step.forward_only else held_back[number]
         if number > first and (alone or (held and mine and held + mine > _HELD_BACK)):
             yield first, number

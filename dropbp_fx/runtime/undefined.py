@@ -8,7 +8,7 @@ the region's autograd node then takes back the gradients that no differentiated 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class UndefinedGradients:
         self._live = sorted(live)
         self._input_of_edge: dict[int, int] | None = None
 
+    def reached(self, outputs: Iterable[int]) -> frozenset[int]:
+        """The inputs that get a gradient where only these outputs have one."""
+        return frozenset().union(*(self._flow.sources(output, self._dropped) for output in outputs))
+
     def watch(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Hook the autograd node that made ``outputs`` from ``inputs``."""
         nodes = {outputs[j].grad_fn for j in self._live}
@@ -49,7 +53,7 @@ class UndefinedGradients:
             defined = [j for position, j in positions if grad_outputs[position] is not None]
             if len(defined) == len(positions):
                 return None
-            reached = frozenset().union(*(self._flow.sources(j, self._dropped) for j in defined))
+            reached = self.reached(defined)
             return tuple(
                 None if index in input_of_edge and input_of_edge[index] not in reached else gradient
                 for index, gradient in enumerate(grad_inputs)
