@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contestants import Training
-from benchmarks.measure import Record, Request, TrainingRun, error_text
+from benchmarks.measure import Record, Request, TrainingRun, error_text, peak, reset_peak, synchronize
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
@@ -138,6 +138,7 @@ class DistributedRun(TrainingRun):
             compiler: Any = self.request.inner
         else:
             compiler = self.backend = dropbp_backend(rate=0.0, inner=self.request.inner, seed=0)
+            self.backend.register(model)
         for module in model.layers if self.request.compile == "blocks" else [model]:
             module.compile(backend=compiler, dynamic=False)
 
@@ -223,16 +224,16 @@ def _steps_at(run: DistributedRun, value: float | None, *, first: bool) -> Recor
     second_loss, _ = run.timed_step()
     for _ in range(run.request.warmup):
         run.step()
-    run.synchronize()
+    synchronize(run.device)
     dist.barrier()
     times = run.back_to_back(run.step, run.request.steps)
     synchronized, host, activations = zip(*(run.synchronized_step() for _ in range(run.request.steps)), strict=True)
-    run.reset_peak()
+    reset_peak(run.device)
     traffic = Traffic(run)
     for _ in range(4):
         with traffic:
             run.step()
-    run.synchronize()
+    synchronize(run.device)
     return {
         "losses": [first_loss, second_loss],
         "first_step_s": round(seconds, 3) if first else None,
@@ -240,7 +241,7 @@ def _steps_at(run: DistributedRun, value: float | None, *, first: bool) -> Recor
         "synchronized_ms": round(_largest(run, statistics.median(synchronized)), 3),
         "host_ms": round(_largest(run, statistics.median(host)), 3),
         "activation_gib": round(_largest(run, statistics.median(activations)), 4),
-        "peak_gib": round(_largest(run, run.peak() / 2**30), 4),
+        "peak_gib": round(_largest(run, peak(run.device) / 2**30), 4),
         "gradient_bytes": traffic.gradients // 4,
         "gathered_bytes": traffic.gathered // 4,
         **run.training.facts(),

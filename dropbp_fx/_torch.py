@@ -155,6 +155,29 @@ def _uncounted() -> Iterator[None]:
             counters[name].update(values)
 
 
+def is_cut_by_ddp_optimizer(gm: fx.GraphModule) -> bool:
+    """Whether a graph is a piece of what Dynamo captured, cut off by its DDPOptimizer."""
+    reason = getattr(getattr(gm, "compile_subgraph_reason", None), "reason", "")
+    return "DDPOptimizer" in reason
+
+
+@contextlib.contextmanager
+def unseen_by_ddp_optimizer(gm: fx.GraphModule) -> Iterator[None]:
+    """Within the block AOTAutograd may compile code for a piece of a graph, not all of it.
+
+    Where DDPOptimizer sees that it ran, it takes the backend's result for AOTAutograd's own: that runs on fake tensors when
+    called first, and leaves its metadata behind.
+    """
+    from torch._dynamo.utils import counters
+
+    before = counters["aot_autograd"]["total"]
+    try:
+        yield
+    finally:
+        if is_cut_by_ddp_optimizer(gm):
+            counters["aot_autograd"]["total"] = before
+
+
 def _tracked_codes(convert_frame: Any) -> list[Any]:
     tracked = [*convert_frame.input_codes.seen, *convert_frame.output_codes.seen]
     return [code for code in (reference() for reference in tracked) if code is not None]

@@ -193,7 +193,8 @@ class DropBPBackend:
             compiled = compiler.whole(gm, example_inputs)
             compiler.counts.graphs += 1
             return compiled
-        runner = self._runner(graph)
+        with _torch.unseen_by_ddp_optimizer(gm):
+            runner = self._runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
         return runner
 
@@ -559,7 +560,7 @@ class DropBPBackend:
         Raises:
             TypeError: ``step`` is not callable, or does not return a scalar tensor.
             ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
-            RuntimeError: the step uses reentrant activation checkpointing.
+            RuntimeError: the step uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
         check_calibration(step, metric, batches)
@@ -665,7 +666,7 @@ class DropBPBackend:
 
 
 def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
-    if "DDPOptimizer" not in getattr(getattr(gm, "compile_subgraph_reason", None), "reason", ""):
+    if not _torch.is_cut_by_ddp_optimizer(gm):
         return
     warnings.warn(
         "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "

@@ -1,9 +1,12 @@
-"""Communicate only the gradients that exist, under PyTorch's DistributedDataParallel."""
+"""What PyTorch's engines for several processes need beside the backend."""
 
 # No postponed annotations here: DistributedDataParallel looks at those of a hook.
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def all_reduce_present(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -43,6 +46,31 @@ def all_reduce_present(group: dist.ProcessGroup | None, bucket: dist.GradBucket)
     # Not collect_all(): what that returns belongs to no device, and may not hold a tensor of one.
     finished: torch.futures.Future[Tensor] = sent[-1].then(averaged)
     return finished
+
+
+@contextlib.contextmanager
+def gathered_parameters(model: nn.Module, *, reshard_after_forward: bool = True) -> Iterator[None]:
+    """Keep what ``fully_shard`` gathers in a forward, for :meth:`~dropbp_fx.DropBPBackend.calibrate`.
+
+    Afterwards the model is sharded, and reshards after a forward as by default: all but the outermost module.
+
+    Args:
+        model: sharded by ``fully_shard``, whole or in parts; its parameters must fit whole.
+        reshard_after_forward: what the model was sharded with.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
 
 
 def _present_runs(bucket: dist.GradBucket, buffer: Tensor) -> list[Tensor]:

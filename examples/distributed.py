@@ -64,6 +64,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
     model = Model(arguments.width, arguments.layers).to(device)
     backend = dropbp_backend(rate=0.5, seed=0, inner=arguments.inner)
+    backend.register(model)  # for fully_shard, under which every layer has a graph of its own
     model.compile(backend=backend)  # in place, and before the engine gets the model
     wrapped = distribute(model, arguments.engine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

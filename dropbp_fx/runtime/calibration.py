@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dropbp_fx import _torch
 from dropbp_fx.policy.sensitivity import Metric
@@ -99,8 +100,10 @@ class Calibration:
             The sensitivity of every branch that ran.
 
         Raises:
-            RuntimeError: the step holds a reentrant activation checkpoint, whose inside only a backward shows.
+            RuntimeError: the step holds a reentrant activation checkpoint, whose inside only a backward shows, or
+                parameters were freed after the forward.
         """
+        self._check_memory()
         graph = self._graph = StepGraph(loss, self._records)
         from_loss = [b for b in graph.runs if not graph.is_all_below(b, self._metric)]
         exact = _Pass(exact=True)
@@ -115,6 +118,15 @@ class Calibration:
                 self._on_branch()
         self._settle(exact)
         return {branch: self._value(branch, exact) for branch in graph.runs}
+
+    def _check_memory(self) -> None:
+        """Before any backward: compiled code would read whatever is there."""
+        values = (value for record in self._records for value in record.inputs if type(value) in (Tensor, Parameter))
+        if any(value.numel() and not value.untyped_storage().nbytes() for value in values):
+            raise RuntimeError(
+                "The memory of parameters was freed after the forward, as fully_shard does, but a calibration runs "
+                "backwards of its own. Calibrate inside of dropbp_fx.distributed.gathered_parameters(model)."
+            )
 
     @property
     def branches(self) -> frozenset[int]:
