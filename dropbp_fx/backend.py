@@ -32,7 +32,7 @@ from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regi
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
-from dropbp_fx.policy.ramps import RateSchedule, checked_progress, is_number
+from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule, is_number
 from dropbp_fx.policy.rates import Rates, RateView
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
@@ -461,6 +461,20 @@ class DropBPBackend:
     @progress.setter
     def progress(self, progress: float) -> None:
         self._state.schedule.progress = checked_progress(progress)
+
+    @property
+    def schedule(self) -> str | RateSchedule:
+        """How the rate depends on progress, as for :func:`dropbp_backend`. Setting it takes effect at the next forward.
+
+        Raises:
+            TypeError, ValueError: when set to something that is no schedule.
+        """
+        return self._state.schedule.rates.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: str | RateSchedule) -> None:
+        self._config = dataclasses.replace(self._config, schedule=checked_schedule(schedule))
+        self._state.schedule.reschedule(self._config.schedule)
 
     def register(self, model: torch.nn.Module) -> None:
         """Say which model the layers belong to that are compiled one by one.

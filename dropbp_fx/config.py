@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.regions import Drop
 from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
 from dropbp_fx.policy.ramps import RateSchedule, checked_schedule, is_number
+from dropbp_fx.policy.ranks import in_words
 from dropbp_fx.policy.rates import Allocation
 from dropbp_fx.policy.schedule import Granularity
 from dropbp_fx.runtime.compiler import InnerCompiler
@@ -123,9 +123,9 @@ class BackendConfig:
 
     def described(self) -> dict[str, str]:
         """What the patterns and gradients of a run depend on, in words that are equal in every process."""
-        apart = {"rate", "seed", "inner", "options", "strict", "activation_memory_budget"}
+        apart = {"rate", "schedule", "seed", "inner", "options", "strict", "activation_memory_budget"}
         fields = [field.name for field in dataclasses.fields(self) if field.name not in apart]
-        return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(self, name))) for name in fields}
+        return {name: in_words(getattr(self, name)) for name in fields}
 
 
 def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -298,6 +299,19 @@ def test_a_rate_set_by_hand_follows_the_schedule_in_proportion() -> None:
     backend.rates["blocks.1"] = 0.2
     backend.progress = 0.25
     assert list(backend.rates.values()) == pytest.approx([0.2, 0.1, 0.2])
+
+
+def test_a_schedule_set_later_takes_effect_at_the_next_forward_and_bad_ones_change_nothing() -> None:
+    backend, run = compile_model(ResidualMLP(), rate=0.4)
+    square_loss(run).backward()
+    backend.schedule = "ramp_up"
+    backend.progress = 0.25
+    assert backend.schedule == "ramp_up"
+    assert [branch.rate for branch in backend.branches] == pytest.approx([0.2] * len(backend.branches))
+    with pytest.raises(ValueError, match="schedule"):
+        backend.schedule = "up"
+    assert backend.schedule == "ramp_up"
+    assert pickle.loads(pickle.dumps(backend)).schedule == "ramp_up"
 
 
 def test_a_schedule_that_nobody_advances_warns() -> None:

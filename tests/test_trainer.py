@@ -139,8 +139,8 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run_bit_for_bit(
     """Sensitivities are measured at step 4: by the resumed run too, or before its checkpoint."""
 
     def start(folder: Path, **changes: Any) -> Any:
-        backend = make(schedule=Ramp(0.2, 0.7))
-        callback = DropBPCallback(backend, calibrate_at=0.5, log="rate")
+        backend = make()
+        callback = DropBPCallback(backend, calibrate_at=0.5, schedule=Ramp(0.2, 0.7), log="rate")
         return run(folder, backend, callback, model=hf.LlamaForCausalLM, **setting, **changes), backend
 
     whole, backend = start(tmp_path / "whole", save_strategy="steps", save_steps=step)
@@ -155,6 +155,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run_bit_for_bit(
     assert backend.sensitivity is not None
     assert len({branch.rate for branch in backend.branches}) > 1, "rates go by the sensitivities"
     assert backend.progress == (STEPS - 1) / STEPS
+    assert backend.schedule == Ramp(0.2, 0.7)
     assert whole.model.model.layers[0].gradient_checkpointing == bool(setting)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.inspect import Explanation, explain
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
-from dropbp_fx.policy.ramps import is_number
+from dropbp_fx.policy.ramps import RateSchedule, is_number
 from dropbp_fx.policy.sensitivity import Metric, check_calibration
 
 try:
@@ -70,6 +70,8 @@ class DropBPCallback(TrainerCallback):
         backend: what the model was compiled with.
         calibrate_at: share of the run's optimizer steps after which sensitivities are measured, in [0, 1); ``None`` for
             never. The backend needs ``allocation="sensitivity"``.
+        schedule: how the rate changes over the run, in place of the backend's own schedule
+            (:func:`~dropbp_fx.dropbp_backend`); ``None`` leaves that.
         calibration_batches: how many random batches of the training data to measure on; or the batches themselves, as the
             model takes them.
         metric: what is measured (:class:`~dropbp_fx.policy.sensitivity.Sensitivity`).
@@ -86,6 +88,7 @@ class DropBPCallback(TrainerCallback):
         backend: DropBPBackend,
         *,
         calibrate_at: float | None = None,
+        schedule: str | RateSchedule | None = None,
         calibration_batches: int | Sequence[Batch] = 1,
         metric: Metric = "gradnorm",
         loss: Callable[[nn.Module, Batch], Tensor] | None = None,
@@ -111,6 +114,8 @@ class DropBPCallback(TrainerCallback):
             own = tuple(calibration_batches)
         count = calibration_batches if own is None else len(own)
         check_calibration(_loss_of, metric, count)
+        if schedule is not None:
+            backend.schedule = schedule
         self.backend = backend
         self._calibrate_at = calibrate_at
         self._batches = own

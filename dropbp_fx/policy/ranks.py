@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -383,3 +384,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def in_words(value: Any) -> str:
+    """A value in words that are equal in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -14,7 +14,8 @@ import torch
 
 from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
-from dropbp_fx.policy.ranks import Proposal, RankAgreement
+from dropbp_fx.policy.ramps import RateSchedule
+from dropbp_fx.policy.ranks import Proposal, RankAgreement, in_words
 from dropbp_fx.policy.rates import Rates
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.sampling import Unit
@@ -115,6 +116,12 @@ class Schedule:
     def rate(self, rate: float) -> None:
         with self._lock:
             self.rates.rate = rate
+            self.assign()
+
+    def reschedule(self, schedule: str | RateSchedule) -> None:
+        """Let the rate depend on progress in another way from now on."""
+        with self._lock:
+            self.rates.schedule = schedule
             self.assign()
 
     @property
@@ -354,6 +361,7 @@ class Schedule:
             **self._configuration,
             "number of training forwards": self._rounds,
             "rate": self.rates.rate,
+            "schedule": in_words(self.rates.schedule),
             "progress": self.rates.progress,
             "rates set by hand": [list(item) for item in sorted(self.rates.by_hand.items())],
             "sensitivities": [list(item) for item in self.rates.sensitivities.items()],
