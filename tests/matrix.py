@@ -227,7 +227,7 @@ def clip_branches() -> dict[str, DetachPoint]:
 
 
 def llava_branches() -> dict[str, DetachPoint]:
-    return {**below("model.vision_tower", each("encoder.layers")), **below("model", each("language_model.layers"))}
+    return below("model", {**each("vision_tower.encoder.layers"), **each("language_model.layers")})
 
 
 def speech_branches(root: str) -> dict[str, DetachPoint]:
