@@ -267,8 +267,6 @@ class FlatCode:
     Attributes:
         forward: the compiled forward.
         backward: the compiled backward, ``None`` for a graph in which nothing requires a gradient.
-        outputs: how many values of the forward are outputs.
-        constant: outputs that carry no gradient.
         unsafe_views: outputs that share memory with a value that the backward may need.
         tangents: outputs whose gradients the backward takes.
         tangent_like: what each of those gradients looks like: size, strides, type and device.
@@ -279,8 +277,6 @@ class FlatCode:
 
     forward: BoxedCode
     backward: BoxedCode | None
-    outputs: int
-    constant: tuple[int, ...] = ()
     unsafe_views: tuple[int, ...] = ()
     tangents: tuple[int, ...] = ()
     tangent_like: tuple[TangentLike, ...] = ()
@@ -347,14 +343,9 @@ class _Capture:
         meta = self._metadata
         if self._forward is None or meta is None or not (self._plain_inputs and _is_plain(meta)):
             return None
-        outputs = len(meta.output_info)
         if self._backward is None:
-            return FlatCode(BoxedCode(self._forward), None, outputs)
-        carries = [
-            issubclass(info.raw_type, torch.Tensor)
-            and bool(getattr(info, "requires_grad_for_backward", info.requires_grad))
-            for info in meta.output_info
-        ]
+            return FlatCode(BoxedCode(self._forward), None)
+        carries = [getattr(info, "requires_grad_for_backward", info.requires_grad) for info in meta.output_info]
         tangents = tuple(position for position, carried in enumerate(carries) if carried)
         formats = [getattr(tangent, "memory_format", None) for tangent in meta.subclass_tangent_meta]
         if not len(formats) == len(tangents) == len(self._tangents):
@@ -369,8 +360,6 @@ class _Capture:
         return FlatCode(
             forward=BoxedCode(self._forward),
             backward=BoxedCode(self._backward),
-            outputs=outputs,
-            constant=tuple(position for position, info in enumerate(meta.output_info) if not info.requires_grad),
             unsafe_views=tuple(meta.unsafe_view_out_indices),
             tangents=tangents,
             tangent_like=tuple(like),

@@ -74,6 +74,11 @@ class RegionProgram:
     outputs: tuple[int | list[Any], ...]
 
     @property
+    def returned(self) -> frozenset[int]:
+        """The slots that are graph outputs."""
+        return frozenset(slot for slot in self.outputs if isinstance(slot, int))
+
+    @property
     def has_symbols(self) -> bool:
         """Whether some size or number is symbolic."""
         return any(

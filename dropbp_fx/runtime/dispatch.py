@@ -87,7 +87,6 @@ class RegionRunner:
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory()
         self._plans: collections.OrderedDict[frozenset[int], _Plan] = collections.OrderedDict()
-        self._returned = {slot for slot in graph.program.outputs if isinstance(slot, int)}
         self._held_back = [_gradient_bytes(graph.program, region) for region in graph.program.regions]
         self._lock = threading.Lock()
 
@@ -172,7 +171,7 @@ class RegionRunner:
             plan = self._plans.get(dropped)
             if plan is None:
                 steps = self._planner.plan(dropped)
-                plan = _Plan(steps, chained(steps, self._held_back, self._returned))
+                plan = _Plan(steps, chained(steps, self._held_back, self._program.returned))
                 if len(self._plans) >= _PLANS_KEPT:
                     self._plans.popitem(last=False)
                 self._plans[dropped] = plan

@@ -160,7 +160,7 @@ class Planner:
         self._required = [False] * program.slots
         for slot, example in zip(program.inputs, program.examples, strict=True):
             self._required[slot] = isinstance(example, torch.Tensor) and example.requires_grad
-        self._returned = {slot for slot in program.outputs if isinstance(slot, int)}
+        self._returned = program.returned
         self._last_reads, self._dying = _last_reads(program, self._returned)
         self._undefined: dict[tuple[int, frozenset[int], frozenset[int]], UndefinedGradients] = {}
 
