@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contestants import Training
-from benchmarks.measure import Record, Request, TrainingRun, error_text, peak, reset_peak, synchronize
+from benchmarks.measure import Record, Request, TrainingRun, conditions, error_text, peak, reset_peak, synchronize
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
@@ -84,16 +84,8 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
 
 def measure(request: DistributedRequest) -> Iterator[Record]:
     """Measure what is asked for, on every rank; a failure becomes a record with its text under "error"."""
-    shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
     common = {
-        "measurement": request.measurement,
-        "suite": request.suite,
-        "contestant": request.contestant,
-        "loss_function": request.loss,
-        "layers": shape.layers,
-        "batch": shape.batch,
-        "tokens": shape.tokens,
-        "knob": None if request.contestant == "torch.compile" else "rate",
+        **conditions(request, None if request.contestant == "torch.compile" else "rate"),
         "engine": request.engine,
         "processes": request.processes,
         "compile": request.compile,

@@ -57,8 +57,15 @@ def measure(request: Request) -> Iterator[Record]:
     """Measure what is asked for; a failure becomes a record with its text under "error"."""
     contestant = CONTESTANTS[request.contestant]
     measurements = {"steps": _steps, "first step": _first_step, "length": _length}
+    common = conditions(request, contestant.knob)
+    for record in measurements[request.measurement](request):
+        yield {**common, **record}
+
+
+def conditions(request: Request, knob: str | None) -> Record:
+    """What every record says of the request it answers."""
     shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
-    common = {
+    return {
         "measurement": request.measurement,
         "suite": request.suite,
         "contestant": request.contestant,
@@ -66,10 +73,8 @@ def measure(request: Request) -> Iterator[Record]:
         "layers": shape.layers,
         "batch": shape.batch,
         "tokens": shape.tokens,
-        "knob": contestant.knob,
+        "knob": knob,
     }
-    for record in measurements[request.measurement](request):
-        yield {**common, **record}
 
 
 class TrainingRun:
