@@ -11,10 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from dropbp_fx import DropBPBackend, dropbp_backend
+from tests.matrix import family, language_loss
 from tests.oracle import Result, assert_equal, assert_exact, eager
 from tests.test_models import ResidualMLP, square_loss
 
 POINTS = ["blocks.0", "blocks.1", "blocks.2"]
+LLAMA_BRANCHES = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
 PATTERNS: list[list[int]] = [[], [1], [0, 2], [0, 1]]
 
 
@@ -107,3 +109,22 @@ def test_kinds_of_attention(kind: str) -> None:
 
     points = ["attention.0", "mlp.0", "attention.1", "mlp.1"]
     assert_exact(model, run, backend, loss, points, patterns=[[], [0], [1, 2], [0, 1, 2]])
+
+
+def test_liger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms, rotary embedding, gated MLP and fused linear cross-entropy, as transformers' ``use_liger_kernel`` has it."""
+    if torch.get_default_device().type == "cpu":
+        pytest.skip("Liger's kernels are Triton's; run with --device cuda.")
+    pytest.importorskip("liger_kernel", reason="Liger's kernels are in the package liger-kernel")
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # are replaced for the whole process
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    torch.manual_seed(1)
+    model = family("Llama").build().train()
+    apply_liger_kernel_to_llama(model=model)
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    assert_exact(model, run, backend, language_loss, LLAMA_BRANCHES, patterns=[[], [0], [1, 2], [0, 1, 2]])
+    assert [branch.name for branch in backend.branches] == LLAMA_BRANCHES
