@@ -112,7 +112,7 @@ def test_kinds_of_attention(kind: str) -> None:
 
 
 def test_liger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its norms, rotary embedding, gated MLP and fused linear cross-entropy, as transformers' ``use_liger_kernel`` has it."""
+    """Its norms, rotary embedding, gated MLP and fused linear cross-entropy, as ``use_liger_kernel`` has them."""
     if torch.get_default_device().type == "cpu":
         pytest.skip("Liger's kernels are Triton's; run with --device cuda.")
     pytest.importorskip("liger_kernel", reason="Liger's kernels are in the package liger-kernel")
