@@ -26,7 +26,7 @@ _CONTESTANTS = {
     "ddp": ("torch.compile", "dropbp_fx", "dropbp_fx, present gradients"),
     "fsdp2": ("torch.compile", "dropbp_fx"),
 }
-_MEASUREMENTS = ("steps", "losses", "patterns")
+_MEASUREMENTS = ("steps", "losses", "patterns", "failures")
 #: Sequences of this length are enough to see which branches are dropped.
 _PATTERN_TOKENS = 256
 
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if clock.left() == 0:
             records = [failed(request, "The run's time limit was reached before this one started.")]
         else:
-            records = in_own_process(request, clock, worker="benchmarks.distributed_worker")
+            failures = request.measurement == "distributed failures"
+            worker = "benchmarks.distributed_failures" if failures else "benchmarks.distributed_worker"
+            records = in_own_process(request, clock, worker=worker)
         for record in records:
             record.setdefault("engine", request.engine)
             record.setdefault("processes", request.processes)
@@ -98,6 +100,10 @@ def _requests(chosen: argparse.Namespace) -> Iterator[DistributedRequest]:
         request = DistributedRequest(
             f"distributed {kind}", contestants[-1], values=[chosen.rate], engine=engine, **common
         )
+        if kind == "failures":
+            # As most people use the engine: a hook of one's own has failures of its own.
+            yield dataclasses.replace(request, contestant=contestants[min(1, len(contestants) - 1)], batch=1)
+            continue
         if kind == "patterns":
             tokens = min(_PATTERN_TOKENS, shape_of(chosen.suite, tokens=chosen.tokens).tokens)
             yield dataclasses.replace(request, train_steps=chosen.pattern_steps, batch=1, tokens=tokens)
@@ -131,6 +137,8 @@ def _tables(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
             if many["processes"] > one["processes"] and many["engine"] == one["engine"]
         ],
     )
+    keys = ("engine", "failure", "hangs", "ended_after_s", "statuses")
+    yield "Failures", [_pick(record, keys) for record in good if record["measurement"] == "distributed failures"]
     keys = ("engine", "contestant", "value", "steps", "agree", "resumed_alike", "different_patterns")
     yield "Patterns", [_pick(record, keys) for record in good if record["measurement"] == "distributed patterns"]
 

@@ -59,7 +59,8 @@ def main() -> None:
         torch.multiprocessing.spawn(_process, (request, f"{folder}/store", sys.argv[2]), nprocs=request.processes)
 
 
-def _process(rank: int, request: DistributedRequest, store: str, records: str) -> None:
+def join_processes(rank: int, request: DistributedRequest, store: str, timeout: datetime.timedelta = _TIMEOUT) -> None:
+    """Make this process one rank of the request's, on a device of its own."""
     cuda = request.device == "cuda"
     if cuda:
         torch.cuda.set_device(rank)
@@ -70,9 +71,13 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
         init_method=f"file://{store}",
         rank=rank,
         world_size=request.processes,
-        timeout=_TIMEOUT,
+        timeout=timeout,
         device_id=torch.device("cuda", rank) if cuda else None,
     )
+
+
+def _process(rank: int, request: DistributedRequest, store: str, records: str) -> None:
+    join_processes(rank, request, store)
     with Path(records).open("a") as file:
         for record in measure(request):
             if rank == 0:
@@ -82,29 +87,34 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
     dist.destroy_process_group()
 
 
-def measure(request: DistributedRequest) -> Iterator[Record]:
-    """Measure what is asked for, on every rank; a failure becomes a record with its text under "error"."""
-    common = {
+def common_record(request: DistributedRequest) -> Record:
+    """The conditions that every record of a request names."""
+    return {
         **conditions(request, None if request.contestant == "torch.compile" else "rate"),
         "engine": request.engine,
         "processes": request.processes,
         "compile": request.compile,
     }
+
+
+def measure(request: DistributedRequest) -> Iterator[Record]:
+    """Measure what is asked for, on every rank; a failure becomes a record with its text under "error"."""
     measurements = {
         "distributed steps": _steps,
         "distributed losses": _losses,
         "distributed patterns": _patterns,
     }
     for record in measurements[request.measurement](request):
-        yield {**common, **record}
+        yield {**common_record(request), **record}
 
 
 class DistributedRun(TrainingRun):
     """A model on an engine; every rank has batches of its own."""
 
-    def __init__(self, request: DistributedRequest, *, learning_rate: float = 1e-5) -> None:
+    def __init__(self, request: DistributedRequest, *, learning_rate: float = 1e-5, seed: int = 0) -> None:
         self.device = request.device
         self.request = request
+        self.seed = seed
         self.shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
         # Shards are kept in float32 and gathered in bf16; DDP's model is in bf16, as in the runs on one device.
         dtype = torch.bfloat16 if self.device == "cuda" and request.engine == "ddp" else torch.float32
@@ -129,7 +139,7 @@ class DistributedRun(TrainingRun):
         if self.request.contestant == "torch.compile":
             compiler: Any = self.request.inner
         else:
-            compiler = self.backend = dropbp_backend(rate=0.0, inner=self.request.inner, seed=0)
+            compiler = self.backend = dropbp_backend(rate=0.0, inner=self.request.inner, seed=self.seed)
             self.backend.register(model)
         for module in model.layers if self.request.compile == "blocks" else [model]:
             module.compile(backend=compiler, dynamic=False)
