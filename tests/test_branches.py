@@ -291,6 +291,53 @@ class Multiplied(torch.autograd.Function):
         return grad @ weight.mT, x.flatten(0, -2).mT @ grad.flatten(0, -2)
 
 
+@torch.library.custom_op("dropbp_fx_tests::kernel", mutates_args=())
+def kernel(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight
+
+
+@kernel.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Kernel(torch.autograd.Function):
+    """An autograd function that runs a kernel PyTorch cannot look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return kernel(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).sum_to_size(weight.shape)
+
+
+class KernelNorm(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Kernel.apply(x, self.weight)
+
+
+class PreNorm(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm, nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize(("shape", "name"), [((D,), "blocks.0.mlp"), ((3, D), "blocks.0.norm+mlp")])
+def test_a_kernel_of_one_matrix_is_a_norm_and_lends_a_branch_no_name(shape: tuple[int, ...], name: str) -> None:
+    assert names(Stack(PreNorm(KernelNorm(*shape))), torch.randn(2, 3, D)) == [name]
+
+
 class WithFunction(nn.Module):
     def __init__(self, works: bool) -> None:
         super().__init__()

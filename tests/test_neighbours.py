@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import types
 from typing import Any
 
 import pytest
@@ -111,8 +113,94 @@ def test_kinds_of_attention(kind: str) -> None:
     assert_exact(model, run, backend, loss, points, patterns=[[], [0], [1, 2], [0, 1, 2]])
 
 
-def test_liger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its norms, rotary embedding, gated MLP and fused linear cross-entropy, as ``use_liger_kernel`` has them."""
+@torch.library.custom_op("dropbp_fx_tests::scale", mutates_args=())
+def scale(x: Tensor, weight: Tensor) -> Tensor:
+    return x * weight
+
+
+@scale.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("dropbp_fx_tests::scale_gradients", mutates_args=("grad", "weight_grad"))
+def scale_gradients(grad: Tensor, weight_grad: Tensor, x: Tensor, weight: Tensor) -> None:
+    weight_grad.copy_((grad * x).sum_to_size(weight.shape))
+    grad.mul_(weight)
+
+
+class Scale(torch.autograd.Function):
+    """As kernel libraries do it: operators of their own, and the gradient is written over the one that came in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.contiguous().view(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight)
+        return scale(rows, weight).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        mine, weight_grad = grad.contiguous().view(-1, grad.shape[-1]), torch.empty_like(weight)
+        scale_gradients(mine, weight_grad, rows, weight)
+        return mine.view(grad.shape), weight_grad
+
+
+class Kernels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate = (nn.Parameter(torch.linspace(0.5, 1.5, size)) for size in (16, 24))
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(Scale.apply(self.up(Scale.apply(x, self.norm)).tanh(), self.gate))
+
+
+class KernelNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Kernels() for _ in range(3))
+        self.norm = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return Scale.apply(x, self.norm)
+
+
+def test_kernels_in_autograd_functions() -> None:
+    """They run in both directions as opaque operators, and a dropped branch runs none backward."""
+    model, backend = KernelNetwork(), dropbp_backend(inner="aot_eager")
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    rows = torch.linspace(-1, 1, 2 * 5 * 16).reshape(2, 5, 16)
+    assert_exact(model, run, backend, lambda m: m(rows).sin().sum(), POINTS, patterns=PATTERNS)
+    assert [branch.name for branch in backend.branches] == POINTS
+    with backend.pinned([0, 2]), torch.profiler.profile(acc_events=True) as profile:
+        run(rows).sin().sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["dropbp_fx_tests::scale"] == 7
+    assert calls["dropbp_fx_tests::scale_gradients"] == 3
+
+
+#: Some of Liger's kernels, and the branches that are left of Llama's with them.
+LIGER: dict[str, tuple[set[str], list[str]]] = {
+    "rms_norm": ({"rms_norm"}, LLAMA_BRANCHES),
+    "swiglu": ({"swiglu"}, LLAMA_BRANCHES),
+    "loss": ({"fused_linear_cross_entropy"}, LLAMA_BRANCHES),
+    "all but rope": ({"rms_norm", "swiglu", "fused_linear_cross_entropy"}, LLAMA_BRANCHES),
+    "rope": ({"rope"}, LLAMA_BRANCHES[1::2]),
+    "all": ({"rope", "rms_norm", "swiglu", "fused_linear_cross_entropy"}, LLAMA_BRANCHES[1::2]),
+}
+
+
+@pytest.mark.parametrize("kernels", LIGER)
+@pytest.mark.filterwarnings("ignore::dropbp_fx.NoResidualBranchWarning")  # of the pieces of attention around its rope
+def test_liger_kernels(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's rotary embedding breaks the graph inside of attention, so the MLPs are what is left to drop.
+
+    The decoder is compiled, not what stands around it: where PyTorch 2.11 compiles Liger's last norm and the slice that its
+    loss takes of it as one graph, no gradient passes, with any backend.
+    """
     if torch.get_default_device().type == "cpu":
         pytest.skip("Liger's kernels are Triton's; run with --device cuda.")
     pytest.importorskip("liger_kernel", reason="Liger's kernels are in the package liger-kernel")
@@ -121,10 +209,20 @@ def test_liger_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # are replaced for the whole process
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    taken, points = LIGER[kernels]
     torch.manual_seed(1)
-    model = family("Llama").build().train()
-    apply_liger_kernel_to_llama(model=model)
+    model: Any = family("Llama").build().train()
+    apply_liger_kernel_to_llama(model=model, **{name: name in taken for name in LIGER["all"][0]})
     backend = dropbp_backend(inner="aot_eager")
-    run = torch.compile(model, backend=backend)
-    assert_exact(model, run, backend, language_loss, LLAMA_BRANCHES, patterns=[[], [0], [1, 2], [0, 1, 2]])
-    assert [branch.name for branch in backend.branches] == LLAMA_BRANCHES
+    backend.register(model)
+    run = copy.copy(model)  # with the same parameters
+    run._modules = {**model._modules, "model": torch.compile(model.model, backend=backend)}
+    run.forward = types.MethodType(model.forward.__func__, run)
+    last = len(points) - 1
+    try:
+        assert_exact(model, run, backend, language_loss, points, patterns=[[], [0], [last], [*range(last)]])
+        assert [branch.name for branch in backend.branches] == points
+    except BaseException as error:
+        for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+            error.add_note(f"{count} graph breaks: {reason}")
+        raise

@@ -197,13 +197,29 @@ def does_work(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         forward = _autograd_function_body(node)
         if forward is not None:
-            return any(does_work(inner) for inner in forward.nodes)
+            return any(does_work(inner) and (_is_known(inner) or _multiplies(node)) for inner in forward.nodes)
         return "autocast" not in target.name() and "grad_enabled" not in target.name()
     module = getattr(target, "__module__", None) or ""
     if module.startswith(_WORK_MODULES):
         return True
     name = getattr(target, "__name__", "")
     return any(word in name for word in ("grouped_mm", "scaled_mm", "_rnn", "lstm", "gru", "fft"))
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether PyTorch tells what a node that does work computes, as it does not of a kernel of somebody else's."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return not target.name().startswith("triton_kernel_wrapper")
+    return not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or str(target).startswith(
+        "aten"
+    )
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Whether a node could be a product: two of its operands are matrices. A norm has one, and vectors for weights."""
+    values = map(example_value, node.all_input_nodes)
+    return sum(isinstance(value, torch.Tensor) and value.dim() > 1 for value in values) > 1
 
 
 def _autograd_function_body(node: fx.Node) -> fx.Graph | None:
