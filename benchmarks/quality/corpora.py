@@ -58,8 +58,7 @@ class Corpus:
 def read(name: str, *, megabytes: float = 12.0) -> Corpus:
     """A corpus, or as much of it as ``megabytes``; files come in an order of their own that does not depend on folders.
 
-    No file is in both parts, nor a copy of one: files that differ in white space only count once, and files of the
-    "python" corpus that are in another one's folder are left to that one.
+    No file is in both parts, nor a copy of one: files that differ in white space only count once.
 
     Raises:
         FileNotFoundError: there are no such files on this machine.

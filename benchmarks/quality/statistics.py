@@ -34,12 +34,12 @@ def measure(
 
     - ``sampling_variance``: mean ‖g_b - G‖² / ‖G‖², what batches of this size scatter anyway;
     - ``bias``: ‖mean(d_bk - g_b)‖ / ‖G‖;
-    - ``added_variance``: (mean ‖d_bk - g_b‖² - ‖mean(d_bk - g_b)‖²) / ‖G‖²;
+    - ``added_variance``: how much d_bk scatters over the draws of one batch, the mean over batches, / ‖G‖²;
     - ``cosine``: between the mean of d_bk and G: is the direction right that an optimizer sees in the long run?
     - ``kept_cosine``: the mean cosine between d_bk and g_b where the part is not dropped;
     - ``kept``: how often that is.
 
-    The bias is a mean over ``batches * draws`` draws, so added variance / (batches * draws) of its square is chance.
+    Each batch has ``draws`` draws, so added variance / (batches * draws) of the bias' square is chance.
     """
     model = workshop.model(task)
     optimizer = make_optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}], workshop.device)
@@ -106,16 +106,20 @@ def _statistics(
         exact = [gradients(ids) for ids in batches]
     mean = {name: torch.stack([g[name] for g in exact]).mean(0) for name in parts}
     errors = {name: torch.zeros_like(mean[name], dtype=torch.float64) for name in parts}
-    squares, cosines, kept = (dict.fromkeys(parts, 0.0) for _ in range(3))
+    scattered, cosines, kept = (dict.fromkeys(parts, 0.0) for _ in range(3))
     for ids, whole in zip(batches, exact, strict=True):
+        of_batch = {name: torch.zeros_like(errors[name]) for name in parts}
         for _ in range(draws):
             for name, drawn in gradients(ids).items():
                 error = (drawn - whole[name]).double()
-                errors[name] += error
-                squares[name] += float(error.square().sum())
+                of_batch[name] += error
+                scattered[name] += float(error.square().sum())
                 if drawn.any():
                     kept[name] += 1
                     cosines[name] += float(torch.cosine_similarity(drawn, whole[name], dim=0))
+        for name, total in of_batch.items():
+            errors[name] += total
+            scattered[name] -= float(total.square().sum()) / draws
     count = len(batches) * draws
     answer = {}
     for name in parts:
@@ -126,7 +130,7 @@ def _statistics(
             "norm": math.sqrt(size),
             "sampling_variance": scatter / size,
             "bias": math.sqrt(bias / size),
-            "added_variance": max(squares[name] / count - bias, 0.0) / size,
+            "added_variance": max(scattered[name], 0.0) / (len(batches) * max(draws - 1, 1)) / size,
             "cosine": float(
                 torch.cosine_similarity(mean[name].double() + errors[name] / count, mean[name].double(), dim=0)
             ),

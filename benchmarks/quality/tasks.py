@@ -54,9 +54,9 @@ def _llama(layers: int, width: int, batch: int, tokens: int) -> Shape:
 
 #: "tiny" is for tests; "mini" is trained within two minutes on a CPU; the others are for one GPU.
 SIZES = {
-    "tiny": Size(_llama(4, 48, 2, 32), 4, 1e-3, 8, 4, 0.3),
+    "tiny": Size(_llama(4, 48, 2, 32), 4, 1e-3, 8, 4, 1.0),
     "mini": Size(_llama(12, 96, 16, 128), 800, 2e-3, 400, 64, 6.0),
-    "12x256": Size(_llama(12, 256, 64, 256), 2000, 1e-3, 600, 128, 12.0),
+    "12x256": Size(_llama(12, 256, 32, 256), 3000, 1e-3, 600, 256, 12.0),
     "12x768": Size(_llama(12, 768, 32, 512), 2000, 6e-4, 600, 128, 24.0),
     "24x512": Size(_llama(24, 512, 32, 512), 2000, 6e-4, 600, 128, 24.0),
 }
