@@ -30,7 +30,7 @@ from benchmarks.measure import Record, Request, TrainingRun, conditions, error_t
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present
+from dropbp_fx.distributed import all_reduce_present, parameter_groups
 
 #: Ranks that wait this long for one another are not going to meet: one of them has failed.
 _TIMEOUT = datetime.timedelta(seconds=240)
@@ -124,7 +124,10 @@ class DistributedRun(TrainingRun):
         self.ddp: DistributedDataParallel | None = None
         self.training = _ENGINES[request.engine](self)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=learning_rate, fused=self.device == "cuda")
+        # Of DTensors, a list that the optimizer has not stepped through before costs the host much; see parameter_groups().
+        sharded = request.engine == "fsdp2"
+        groups = parameter_groups(self.model, self.model.layers) if sharded else [{"params": self.trainable}]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=self.device == "cuda")
         self.batches = [self._batch(number)[dist.get_rank() :: dist.get_world_size()] for number in range(4)]
         self._taken = 0
 

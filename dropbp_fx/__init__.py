@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dropbp_fx.backend import BackendStats, DropBPBackend, NoResidualBranchWarning, dropbp_backend
+from dropbp_fx.backend import BackendStats, DropBPBackend, dropbp_backend
+from dropbp_fx.lowering import NoResidualBranchWarning
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import IndependentPattern, Pattern, RandomPattern, SuffixPattern, WindowPattern

@@ -21,6 +21,7 @@ uses public APIs and the functions below.
 | ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
 | ``torch.utils._python_dispatch._disable_current_modes`` | a variant is compiled apart from the user's dispatch modes |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
+| ``torch._foreach_norm`` | the norms of many gradients, sharded ones among them, in one call and without communication |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
 
@@ -677,6 +678,12 @@ def process_group_store(group: Any) -> Any:
     return distributed_c10d._get_process_group_store(group)
 
 
+def norms(tensors: Sequence[torch.Tensor], order: float) -> Sequence[torch.Tensor]:
+    """The ``order``-norm of each tensor. Those of DTensors are of their shards, still to be reduced."""
+    found: Sequence[torch.Tensor] = torch._foreach_norm(list(tensors), order)
+    return found
+
+
 def in_backward() -> bool:
     """Whether this thread is running an autograd backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -775,6 +782,7 @@ _HOOKS = (
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
+    ("torch", "_foreach_norm"),
     ("torch.distributed.distributed_c10d", "_get_process_group_store"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dispatch.python", "enable_python_dispatcher"),

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import inspect
-import logging
-import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,40 +15,17 @@ from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_rate
-from dropbp_fx.graph.branches import (
-    ResidualBranch,
-    does_work,
-    example_value,
-    find_branches,
-    normalise_inplace_adds,
-)
-from dropbp_fx.graph.copying import copy_graph_module
-from dropbp_fx.graph.describe import describe_branch
-from dropbp_fx.graph.naming import ModuleTree, name_branches, parameter_name
-from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
-from dropbp_fx.graph.structure import structural_key
+from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
 from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule, is_number
-from dropbp_fx.policy.rates import Rates, RateView
-from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
-from dropbp_fx.runtime import artifacts
-from dropbp_fx.runtime.calibration import Calibration, calibrate
-from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
-from dropbp_fx.runtime.compiler import CompileCounts, Compiler, InnerCompiler
-from dropbp_fx.runtime.dispatch import Policy, RegionRunner
-from dropbp_fx.runtime.instances import Anchors, Instances
-from dropbp_fx.runtime.observation import Observation, Observer
-from dropbp_fx.runtime.recompute import Drawn
-from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.runtime.calibration import calibrate
+from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
+from dropbp_fx.state import BackendState
 
-log = logging.getLogger("dropbp_fx")
 _CALIBRATION = "backend.calibrate()"
-
-
-class NoResidualBranchWarning(UserWarning):
-    """A training graph has no residual branch, so nothing in it will be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,84 +53,6 @@ class BackendStats:
     compile_seconds: float
 
 
-@dataclasses.dataclass
-class _State:
-    """What a backend and its deep copies share: its policy and the code it has compiled."""
-
-    schedule: Schedule
-    counts: CompileCounts
-    variants: dict[Hashable, RegionVariants]
-    runners: list[RegionRunner]
-    graphs: list[CapturedGraph]
-    modules: ModuleTree
-    observer: Observer
-    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
-    calibration: Calibration | None = None
-    calibrating_thread: int = 0
-    warned_of_sharing: bool = False
-
-    @classmethod
-    def of(cls, config: BackendConfig) -> _State:
-        schedule = Schedule(
-            Rates(
-                config.rate,
-                allocation=config.allocation,
-                schedule=config.schedule,
-                max_rate=config.max_rate,
-                rescale=config.rescale,
-            ),
-            config.granularity,
-            config.seed,
-            pattern=config.pattern,
-            total_forwards=config.total_forwards,
-            reallocate_every=config.reallocate_every,
-            configuration=config.described(),
-        )
-        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
-
-    @contextlib.contextmanager
-    def under(self, calibration: Calibration) -> Iterator[None]:
-        """Within the block this thread's forwards, and recomputations in any backward, are part of ``calibration``."""
-        before = self.calibration, self.calibrating_thread
-        self.calibration, self.calibrating_thread = calibration, threading.get_ident()
-        try:
-            yield
-        finally:
-            self.calibration, self.calibrating_thread = before
-
-
-@dataclasses.dataclass(frozen=True)
-class _GraphPolicy:
-    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table."""
-
-    state: _State
-    indices: tuple[int, ...]
-
-    def draw(self) -> Drawn:
-        self.state.observer.reallocate_if_due()
-        schedule = self.state.schedule
-        dropped = schedule.draw(self.indices)
-        for listen in self.state.listeners:
-            listen(self.indices, dropped)
-        if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
-            raise RuntimeError(
-                "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
-                "none. Make it with find_unused_parameters=True, and without static_graph=True."
-            )
-        local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
-        return Drawn(local, schedule.scales(self.indices))
-
-    def observation(self) -> Observation | None:
-        return self.state.observer.observation()
-
-    def index(self, branch: int) -> int:
-        return self.indices[branch]
-
-    def calibration(self) -> Calibration | None:
-        mine = threading.get_ident() == self.state.calibrating_thread or _torch.in_backward()
-        return self.state.calibration if mine else None
-
-
 class DropBPBackend:
     """A ``torch.compile`` backend that drops residual branches in the backward pass. Made by :func:`dropbp_backend`.
 
@@ -168,7 +64,7 @@ class DropBPBackend:
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._state = _State.of(config)
+        self._state = BackendState.of(config)
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -188,225 +84,26 @@ class DropBPBackend:
         inductor.update(checked_inductor_options(options, self._config.inner))
         _warn_of_cut_graphs(gm)
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
-        graph = self._capture(gm, compiler)
+        lowering = self.lowering(compiler)
+        graph = lowering.capture(gm)
         if graph is None:
             compiled = compiler.whole(gm, example_inputs)
             compiler.counts.graphs += 1
             return compiled
         with _torch.unseen_by_ddp_optimizer(gm):
-            runner = self._runner(graph)
+            runner = lowering.runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
         return runner
 
-    def _capture(self, gm: fx.GraphModule, compiler: Compiler, *, whole: bool = False) -> CapturedGraph | None:
-        """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
-        dropped is ``None`` and left as it was; with ``whole``, for an explanation, it is one region and no warning is due.
-        """
-        if self._config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
-            gm = copy_graph_module(gm)
-        normalise_inplace_adds(gm)
-        search = find_branches(gm)
-        for rejected in search.rejected:
-            log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = self._meet(gm, search.branches)
-        met, droppable = found.branches, found.droppable
-        if not whole:
-            self._report_absence(gm, search.branches)
-        if not droppable and not whole:
-            return None
-        facts = {
-            branch.index: describe_branch(residual, _parameters_of(residual))
-            for branch, residual in zip(met, search.branches, strict=True)
-        }
-        branches = [search.branches[position] for position in droppable]
-        gates = insert_gates(gm, branches, drop=self._config.drop, rescale=self._config.rescale)
-        program = split_into_regions(gm, branches, gates)
-        names = [met[position].name for position in droppable]
-        variants = self._variants_of(program, compiler, names)
-        if artifacts.wanted():
-            self._show(gm, program, variants, names)
-        graph = CapturedGraph(
-            program=program,
-            variants=variants,
-            indices=tuple(met[position].index for position in droppable),
-            facts=facts,
-            rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
-            met=found,
-        )
-        self._find_ways_to_trainable_inputs(graph)
-        return graph
-
-    def _find_ways_to_trainable_inputs(self, graph: CapturedGraph) -> None:
-        """A branch without trainable parameters counts as trainable if, it alone being kept, something is trained that is
-        not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
-        dropped, nothing would be left to train.
-        """
-        frozen = [k for k, index in enumerate(graph.indices) if not self._state.schedule.branches[index].trainable]
-        if not frozen:
-            return
-        everything = frozenset(range(len(graph.indices)))
-        without = graph.planner.reached(everything)
-        for k in frozen:
-            alone = graph.planner.reached(everything - {k})
-            leads = any(inputs & ~known for inputs, known in zip(alone, without, strict=True))
-            self._state.schedule.branches[graph.indices[k]].trainable = leads
+    def lowering(self, compiler: Compiler) -> Lowering:
+        """What takes a graph from Dynamo to code of ``compiler``; the inspection takes it half of the way."""
+        return Lowering(self._config, self._state, compiler)
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""
         self._state.variants.clear()
         self._state.runners.clear()
         self._state.graphs.clear()
-
-    def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> MetBranches:
-        """Enter the graph's branches into the table."""
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        owners = _torch.outermost_modules(placeholders)
-        names = name_branches(branches)
-        prefixes = {owned.module: "" for owned in owners.values()}
-        # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
-        for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
-            prefixes[module] = self._state.modules.path_of(module)
-        met: list[Branch] = []
-        droppable: list[int] = []
-        homes: list[torch.nn.Module] = []
-        for position, (branch, name) in enumerate(zip(branches, names, strict=True)):
-            parameters = _parameters_of(branch)
-            roots = [owners[node].module for node in parameters if node in owners]
-            homes.extend(roots[:1])
-            modes = {root.training for root in roots}
-            full = name.below(prefixes[roots[0]]) if roots else name
-            wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
-            drops = torch.is_grad_enabled() and wanted and modes != {False}
-            trainable = any(example_value(node).requires_grad for node in parameters)
-            met.append(self._state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
-            if drops:
-                droppable.append(position)
-            log.info(
-                "residual branch %s in layer %s%s", full.name, full.layer, "" if drops else " (never dropped here)"
-            )
-        home = homes[0] if homes else None
-        named = [
-            (position, name_of)
-            for position, node in enumerate(placeholders)
-            if node in owners and home is not None and owners[node].module is home
-            if (name_of := parameter_name(home, owners[node].value)) is not None
-        ]
-        anchors = named[:: max(len(named) - 1, 1)][:2]  # the first and the last
-        return MetBranches(
-            branches=tuple(met),
-            names=names,
-            droppable=tuple(droppable),
-            anchors=Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors)),
-            prefix=prefixes[home] if home is not None else "",
-        )
-
-    def _enter(self, graph: CapturedGraph, parameters: Sequence[torch.Tensor]) -> Policy:
-        """The policy for the module of these parameters, one that ``graph`` serves: its branches are met like others."""
-        met, state = graph.met, self._state
-        prefix = state.modules.prefix_of(parameters, met.anchors.names)
-        if prefix is None and not state.warned_of_sharing:
-            state.warned_of_sharing = True
-            names = ", ".join(branch.name for branch in met.branches[:3])
-            warnings.warn(
-                f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
-                "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
-                "its first forward.",
-                stacklevel=2,
-            )
-        if prefix is None or prefix == met.prefix:
-            return _GraphPolicy(state, graph.indices)
-        schedule = state.schedule
-        own: list[Branch] = []
-        for branch, name in zip(met.branches, met.names, strict=True):
-            full = name.below(prefix)
-            mine = schedule.meet(full.name, full.layer, trainable=branch.trainable, droppable=branch.droppable)
-            mine.backward_flops = branch.backward_flops
-            own.append(mine)
-            log.info("residual branch %s in layer %s (code of %s)", full.name, full.layer, branch.name)
-        schedule.assign()
-        index_of = {branch.index: mine.index for branch, mine in zip(met.branches, own, strict=True)}
-        twin = dataclasses.replace(
-            graph,
-            indices=tuple(index_of[index] for index in graph.indices),
-            facts={index_of[index]: facts for index, facts in graph.facts.items()},
-        )
-        twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
-        if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
-            state.graphs.append(twin)
-        return _GraphPolicy(state, twin.indices)
-
-    def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
-        trains = torch.is_grad_enabled() and any(
-            isinstance(example_value(node), torch.Tensor) and example_value(node).requires_grad
-            for node in gm.graph.nodes
-            if node.op == "placeholder"
-        )
-        if branches or len(self._state.schedule.branches) or not trains:
-            return
-        if not any(does_work(node) for node in gm.graph.nodes):
-            return  # a piece of a model before a graph break, such as its embedding
-        message = (
-            "No residual branch was found in this graph: there is no add x + h of two equally shaped activations where "
-            "h is computed from x by a matrix product, convolution or attention. Nothing will be dropped in it. "
-            "logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
-        )
-        if self._config.strict:
-            raise ValueError(message)
-        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
-
-    def _show(
-        self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
-    ) -> None:
-        """Hand on the gated graph and its regions."""
-        folder = f"graph{len(self._state.graphs)}"
-        artifacts.emit(f"{folder}/dynamo.py", gm.print_readable(print_output=False))
-        lines = [
-            f"region {number}: {', '.join(names[branch] for branch in region.branches) or 'no branch'}; code of {own.name}"
-            for number, (region, own) in enumerate(zip(program.regions, variants, strict=True))
-        ]
-        artifacts.emit(f"{folder}/regions.txt", "\n".join(lines) + "\n")
-        for region, own in zip(program.regions, variants, strict=True):
-            if own.name.startswith(f"{folder}/"):
-                artifacts.emit(f"{own.name}/region.py", region.gm.print_readable(print_output=False))
-
-    def _variants_of(
-        self, program: RegionProgram, compiler: Compiler, names: Sequence[str]
-    ) -> tuple[RegionVariants, ...]:
-        fake_mode = _torch.fake_mode_of([value for region in program.regions for value in region.examples])
-        dynamic = program.has_symbols
-        variants: list[RegionVariants] = []
-        for number, region in enumerate(program.regions):
-            key = (
-                structural_key(region.gm, region.examples, region.streams),
-                region.streams,
-                tuple(sorted(compiler.options.items(), key=str)).__repr__(),
-                id(fake_mode) if dynamic else None,  # symbols mean something within one trace only
-            )
-            if key not in self._state.variants:
-                mine = [names[branch] for branch in region.branches]
-                name = f"graph{len(self._state.graphs)}/region{number:02d}_{'+'.join(mine) or 'no_branch'}"
-                self._state.variants[key] = RegionVariants(region, fake_mode, compiler, name, mine)
-            variants.append(self._state.variants[key])
-        return tuple(variants)
-
-    def _runner(self, graph: CapturedGraph) -> RegionRunner:
-        schedule = self._state.schedule
-        graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
-        for region, variant in zip(graph.program.regions, graph.variants, strict=True):
-            for label, branch in enumerate(region.branches):
-                schedule.weigh(graph.indices[branch], variant.saved_flops(label))
-        schedule.assign()
-        policies: Instances[Policy] = Instances(
-            graph.met.anchors,
-            _GraphPolicy(self._state, graph.indices),
-            functools.partial(self._enter, graph),
-        )
-        runner = RegionRunner(graph, policies)
-        self._state.runners.append(runner)
-        self._state.graphs.append(graph)
-        if graph.program.has_symbols:
-            runner.warmup()  # while Dynamo still collects guards on the symbols
-        return runner
 
     # ---- the user's handle -----------------------------------------------------------------------------------------
 
@@ -694,24 +391,6 @@ def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
     backend = DropBPBackend(config)
     backend.load_state_dict(state)
     return backend
-
-
-def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:
-    """Graph inputs that a branch reads and that are tensors of floating point: its parameters and buffers."""
-    graph_inputs: dict[fx.Node, None] = {}
-    for node in branch.body:
-        for parent in node.all_input_nodes:
-            if parent.op == "placeholder":
-                # Inside nested checkpoints it cannot be told which operand is meant: any of them may be.
-                outer = branch.in_top_graph(parent)
-                graph_inputs.update(dict.fromkeys([outer] if outer is not None else branch.anchor.all_input_nodes))
-    return [
-        node
-        for node in graph_inputs
-        if node.op == "placeholder"
-        and isinstance(example_value(node), torch.Tensor)
-        and example_value(node).is_floating_point()
-    ]
 
 
 def dropbp_backend(

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present
+from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, parameter_groups
 
 
 class Block(nn.Module):
@@ -67,7 +67,8 @@ def main(given: Sequence[str] | None = None) -> None:
     backend.register(model)  # for fully_shard, under which every layer has a graph of its own
     model.compile(backend=backend)  # in place, and before the engine gets the model
     wrapped = distribute(model, arguments.engine)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # A group a layer: under FSDP2 a new list of gradients costs the host much, and each pattern would bring one.
+    optimizer = torch.optim.AdamW(parameter_groups(model, model.layers), lr=1e-3, fused=cuda)
 
     inputs = torch.randn(4096, 32)
     data = TensorDataset(inputs, inputs.sin().sum(dim=1, keepdim=True))
@@ -83,6 +84,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 continue
             loss = nn.functional.mse_loss(wrapped(x.to(device)), y.to(device))
             loss.backward()
+            clip_grad_norm_(optimizer.param_groups, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # a dropped branch's gradients are None on every rank
             step += 1

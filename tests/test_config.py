@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from dropbp_fx import DropBPBackend, _torch, dropbp_backend
-from dropbp_fx import backend as backend_module
+from dropbp_fx import DropBPBackend, _torch, dropbp_backend, lowering
 from dropbp_fx.backend import dropbp
 
 
@@ -56,7 +55,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> CountingCompiler:
 
     monkeypatch.setattr(_torch, "compile_with_inductor", count)
     monkeypatch.setattr(_torch, "compile_with_aot_autograd", count)
-    monkeypatch.setattr(backend_module, "find_branches", count)
+    monkeypatch.setattr(lowering, "find_branches", count)
     return counter
 
 

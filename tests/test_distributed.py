@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import importlib
 import json
+import math
 import os
 import socket
 import time
@@ -32,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +44,7 @@ from benchmarks.models import Llama
 from benchmarks.results import load
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, gathered_parameters
+from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, gathered_parameters, parameter_groups
 from tests.oracle import detached
 
 WORLD = 2
@@ -424,6 +426,67 @@ def calibration_and_re_allocation_of_shards(rank: int, folder: Path) -> None:
     assert len(set(everybody(str(dict(backend.rates))))) == 1
 
 
+def groups_that_make_no_new_pattern_dear(rank: int, folder: Path) -> None:
+    """DTensor works out how a call runs on shards once for every list of shapes; a new pattern brings no new list."""
+    propagator, name = DTensor._op_dispatcher.sharding_propagator, "_propagate_tensor_meta_non_cached"
+    first = [[], ["0.attn"], ["0.mlp"], ["0.attn", "0.mlp"]]
+    later = [
+        ["1.attn", "2.mlp", "3.mlp"],
+        ["0.mlp", "1.attn", "1.mlp", "3.attn"],
+        ["1.mlp", "2.attn", "3.mlp", "3.attn"],
+    ]
+
+    def calls_worked_out(groups_of: Callable[[nn.Module], Any], clip: Callable[[Any], Any]) -> int:
+        """For the later patterns, by the optimizer and the clipping."""
+        model = Model(layers=4)
+        sharded(model)
+        optimizer, calls = torch.optim.AdamW(groups_of(model), fused=True), 0
+        for step, dropped in enumerate([*first, *later]):
+            loss_of(model, batch_of(rank, step)).backward()
+            for branch in dropped:
+                for parameter in model.get_submodule(f"layers.{branch}").parameters():
+                    parameter.grad = None
+            with mock.patch.object(propagator, name, wraps=getattr(propagator, name)) as worked_out:
+                clip(optimizer.param_groups)
+                optimizer.step()
+            calls += worked_out.call_count if step >= len(first) else 0
+            optimizer.zero_grad(set_to_none=True)
+        return calls
+
+    def by_layer(model: nn.Module) -> list[dict[str, Any]]:
+        return parameter_groups(model, model.layers)
+
+    def all_at_once(groups: list[dict[str, Any]]) -> None:
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 0.1)
+
+    assert calls_worked_out(by_layer, lambda groups: clip_grad_norm_(groups, 0.1)) == 0
+    assert calls_worked_out(by_layer, all_at_once) >= len(later)
+    assert calls_worked_out(lambda model: model.parameters(), lambda groups: None) >= len(later)
+
+
+def clipped_shards(rank: int, folder: Path) -> None:
+    """As PyTorch clips them, with one reduction for all groups; parameters of other meshes may be among them."""
+    model = Model()
+    sharded(model)
+    loss_of(model, batch_of(rank, 0)).backward()
+    model.layers[0].mlp.zero_grad(set_to_none=True)
+    groups = parameter_groups(model, model.layers)
+    for order in (2.0, 1.0, math.inf):
+        wanted = nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None], order
+        ).full_tensor()
+        with CommDebugMode() as sent:
+            norm = clip_grad_norm_(groups, 0.5 * float(wanted), order)
+        torch.testing.assert_close(norm, wanted)
+        assert sent.get_total_counts() == 1, sent.get_comm_counts()
+        clipped = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], order)
+        torch.testing.assert_close(clipped.full_tensor(), 0.5 * norm)
+    alone = nn.Parameter(torch.ones(3))
+    alone.grad = torch.full((3,), 2.0)
+    sharded_norm = float(clip_grad_norm_(groups, math.inf))
+    assert float(clip_grad_norm_([*groups, {"params": alone}], 1e9)) == pytest.approx(math.hypot(sharded_norm, 12**0.5))
+
+
 FSDP2 = [
     a_compiled_model_that_is_sharded_whole,
     a_compiled_model_that_is_sharded_by_layers,
@@ -433,6 +496,8 @@ FSDP2 = [
     mixed_precision,
     only_present_gradients_are_sent,
     calibration_and_re_allocation_of_shards,
+    groups_that_make_no_new_pattern_dear,
+    clipped_shards,
 ]
 
 
@@ -510,6 +575,62 @@ PARTS = [tensor_parallel_layers, stages_of_a_pipeline, stages_that_were_not_told
 
 def test_fsdp2_and_parts_of_a_model(tmp_path: Path) -> None:
     in_two_processes([*FSDP2, *PARTS], tmp_path)
+
+
+# ---- groups of parameters, and clipping by them --------------------------------------------------------------------
+
+
+def test_parameter_groups_are_one_a_layer_and_one_of_the_rest() -> None:
+    model = Model()
+    model.layers[1].mlp.requires_grad_(False)
+    model.layers[1].attn.out.weight = model.layers[0].attn.out.weight  # belongs to the first that has it
+    groups = [group["params"] for group in parameter_groups(model, model.layers)]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [{names[p].split(".")[1] if "layers" in names[p] else "rest" for p in group} for group in groups] == [
+        {"0"}, {"1"}, {"rest"},
+    ]  # fmt: skip
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sorted(map(id, trainable)) == sorted(id(p) for group in groups for p in group)
+    assert groups[0] == list(model.layers[0].parameters())
+    for part in (model.layers[0], model.embed, model.head):
+        part.requires_grad_(False)
+    assert len(parameter_groups(model, model.layers)) == 1  # none of them is empty, as an optimizer's first may not be
+    with pytest.raises(ValueError, match="Layer 0, a Layer, is no part of the model, so an optimizer would train"):
+        parameter_groups(model, Model().layers)
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("bound", [0.0, 0.3, 1e6])
+def test_clipping_by_groups_is_clipping_all(order: float, bound: float) -> None:
+    ours, theirs = Model(), Model()
+    for model in (ours, theirs):
+        loss_of(model, batch_of(0, 0)).backward()
+        model.layers[1].attn.zero_grad(set_to_none=True)
+        model.layers[0].zero_grad(set_to_none=True)  # a whole group
+    wanted = nn.utils.clip_grad_norm_(theirs.parameters(), bound, order)
+    found = clip_grad_norm_(torch.optim.SGD(parameter_groups(ours, ours.layers)).param_groups, bound, order)
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_clipping_where_there_is_nothing_to_clip_and_what_it_refuses() -> None:
+    model = Model()
+    groups = parameter_groups(model, model.layers)
+    assert clip_grad_norm_(groups, 1.0) == clip_grad_norm_([], 1.0) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(
+        TypeError, match=r"takes groups of parameters, and was given a Parameter as one\. Give optimizer"
+    ):
+        clip_grad_norm_(model.parameters(), 1.0)
+    for bound in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=f"max_norm is {bound}, but a norm is at least 0"):
+            clip_grad_norm_(groups, bound)
+    for order in (0.0, math.nan):
+        with pytest.raises(ValueError, match=f"norm_type is {order}, but the order must be above 0"):
+            clip_grad_norm_(groups, 1.0, order)
 
 
 # ---- agreement -----------------------------------------------------------------------------------------------------

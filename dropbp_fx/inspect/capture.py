@@ -59,7 +59,7 @@ def _graphs(
 
     def keep(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
         run = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if not whole else None
-        graph = backend._capture(gm, compiler, whole=True)
+        graph = backend.lowering(compiler).capture(gm, whole=True)
         assert graph is not None  # whole=True
         found.append(graph)
         return _leave if run is None else run.forward

@@ -1,0 +1,99 @@
+"""What a backend and its copies share, and what its policy says to a compiled graph."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+from dropbp_fx import _torch
+from dropbp_fx.config import BackendConfig
+from dropbp_fx.graph.naming import ModuleTree
+from dropbp_fx.policy.rates import Rates
+from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.runtime.calibration import Calibration
+from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.runtime.compiler import CompileCounts
+from dropbp_fx.runtime.dispatch import RegionRunner
+from dropbp_fx.runtime.observation import Observation, Observer
+from dropbp_fx.runtime.recompute import Drawn
+from dropbp_fx.runtime.variants import RegionVariants
+
+
+@dataclasses.dataclass
+class BackendState:
+    """What a backend and its deep copies share: its policy and the code it has compiled."""
+
+    schedule: Schedule
+    counts: CompileCounts
+    variants: dict[Hashable, RegionVariants]
+    runners: list[RegionRunner]
+    graphs: list[CapturedGraph]
+    modules: ModuleTree
+    observer: Observer
+    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
+    calibration: Calibration | None = None
+    calibrating_thread: int = 0
+    warned_of_sharing: bool = False
+
+    @classmethod
+    def of(cls, config: BackendConfig) -> BackendState:
+        schedule = Schedule(
+            Rates(
+                config.rate,
+                allocation=config.allocation,
+                schedule=config.schedule,
+                max_rate=config.max_rate,
+                rescale=config.rescale,
+            ),
+            config.granularity,
+            config.seed,
+            pattern=config.pattern,
+            total_forwards=config.total_forwards,
+            reallocate_every=config.reallocate_every,
+            configuration=config.described(),
+        )
+        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
+
+    @contextlib.contextmanager
+    def under(self, calibration: Calibration) -> Iterator[None]:
+        """Within the block this thread's forwards, and recomputations in any backward, are part of ``calibration``."""
+        before = self.calibration, self.calibrating_thread
+        self.calibration, self.calibrating_thread = calibration, threading.get_ident()
+        try:
+            yield
+        finally:
+            self.calibration, self.calibrating_thread = before
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphPolicy:
+    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table."""
+
+    state: BackendState
+    indices: tuple[int, ...]
+
+    def draw(self) -> Drawn:
+        self.state.observer.reallocate_if_due()
+        schedule = self.state.schedule
+        dropped = schedule.draw(self.indices)
+        for listen in self.state.listeners:
+            listen(self.indices, dropped)
+        if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
+            raise RuntimeError(
+                "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
+                "none. Make it with find_unused_parameters=True, and without static_graph=True."
+            )
+        local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
+        return Drawn(local, schedule.scales(self.indices))
+
+    def observation(self) -> Observation | None:
+        return self.state.observer.observation()
+
+    def index(self, branch: int) -> int:
+        return self.indices[branch]
+
+    def calibration(self) -> Calibration | None:
+        mine = threading.get_ident() == self.state.calibrating_thread or _torch.in_backward()
+        return self.state.calibration if mine else None
