@@ -173,7 +173,12 @@ def _longest(chosen: argparse.Namespace) -> None:
 
 
 def _compare(chosen: argparse.Namespace) -> None:
-    runs = [run for path in chosen.results for run in load(path)]
+    runs: list[Run] = []
+    for path in chosen.results:
+        try:
+            runs += load(path)
+        except ValueError as error:
+            print(f"Left out: {error}", file=sys.stderr)
     print(targets.table(runs))
 
 

@@ -26,6 +26,7 @@ SUITES: dict[str, Shape] = {
     "8b-qlora": _lora(_8B, four_bit=True),
     "gpt2": _GPT2,
     "long": dataclasses.replace(_1B, batch=1, tokens=32768),
+    "1b-eighth": Shape(4, 256, 1024, 2, 4000, 2, 512),  # an eighth of each of 1b's sizes; 4 layers
     "tiny": _TINY,
     "tiny-lora": _lora(_TINY, 4),
     "tiny-gqa": dataclasses.replace(_TINY, kv_heads=2),

@@ -101,7 +101,9 @@ def _against(rate: float, rival: str, figure: str, *, rival_rate: float | None =
                 continue
             top, bottom = (other, record) if inverse else (record, other)
             if bottom[figure]:
-                yield Finding(_where(record), top[figure] / bottom[figure])
+                time = f"{record['step_ms']:.1f} against {other['step_ms']:.1f} ms"
+                more = [time] if figure == "activation_gib" else []  # memory is cheap for who takes the time
+                yield Finding(_where(record, *more), top[figure] / bottom[figure])
 
     return find
 
