@@ -1,7 +1,7 @@
 """``python -m benchmarks.at_peak SUITE``: which pieces of memory are held when a training step's memory is at its peak.
 
-Compiles for the CPU, where the profiler reports every allocation, in float32. What is held depends on the order of the compiled
-code's operations and on what is fused, so a GPU's may differ: compare the totals.
+Compiles for the CPU, where the profiler reports every allocation, in float32. What is held depends on the order of the
+compiled code's operations and on what is fused, so a GPU's may differ: compare the totals.
 """
 
 from __future__ import annotations
