@@ -21,6 +21,7 @@ from benchmarks import longest, targets
 from benchmarks.contestants import CONTESTANTS, DEFAULT
 from benchmarks.measure import Record, Request
 from benchmarks.processes import Clock, failed, in_own_process
+from benchmarks.quality import cli as quality
 from benchmarks.results import ResultsFile, Run, load
 from benchmarks.suites import SUITES
 
@@ -85,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--multiple", type=int, default=1024, help="lengths are multiples of this")
     length.add_argument("--probes", type=int, default=5, help="lengths to try at most, for each contestant")
     length.set_defaults(action=_longest)
+
+    quality_parser = commands.add_parser("quality", help="fine-tune small models with every policy: does dropping pay?")
+    quality.add_arguments(quality_parser)
+    quality_parser.set_defaults(action=quality.main)
 
     compare = commands.add_parser("compare", help="print the targets and what was measured")
     compare.add_argument("results", nargs="+", type=Path)

@@ -28,6 +28,13 @@ _FIGURES = {
     "distributed losses": {"engine", "processes", "losses"},
     "distributed patterns": {"engine", "processes", "steps", "agree", "resumed_alike"},
 }
+#: Fine-tunings and what they began with are told apart by the task.
+_COMMON_OF_TASKS = {"measurement", "task", "size", "shift", "tuning"}
+_FIGURES_OF_TASKS = {
+    "quality": {"contestant", "rate", "share", "steps", "lr", "seed", "eval_loss", "step_ms", "activation_gib"},
+    "quality statistics": {"contestant", "rate", "point", "part", "norm", "bias", "added_variance", "cosine"},
+    "quality before": {"eval_loss", "pretraining_loss"},
+}
 
 
 @dataclasses.dataclass
@@ -123,14 +130,14 @@ def _check_same_conditions(earlier: Run, now: Run) -> None:
 
 
 def _check(record: Record, path: Path) -> None:
-    needed = _COMMON if "error" in record else _COMMON | _FIGURES.get(record.get("measurement", ""), set())
-    missing = sorted(needed - set(record))
+    kind = record.get("measurement", "")
+    common, figures = (_COMMON_OF_TASKS, _FIGURES_OF_TASKS) if kind in _FIGURES_OF_TASKS else (_COMMON, _FIGURES)
+    missing = sorted((common if "error" in record else common | figures.get(kind, set())) - set(record))
     if missing:
         raise ValueError(f"A record in {path} lacks {', '.join(missing)}: {json.dumps(record)[:300]}.")
-    if record["measurement"] not in _FIGURES:
-        raise ValueError(
-            f"A record in {path} is of the kind {record['measurement']!r}; known are {', '.join(map(repr, _FIGURES))}."
-        )
+    if kind not in figures:
+        known = ", ".join(map(repr, [*_FIGURES, *_FIGURES_OF_TASKS]))
+        raise ValueError(f"A record in {path} is of the kind {kind!r}; known are {known}.")
 
 
 def _commit() -> str:

@@ -1,0 +1,96 @@
+"""``python -m benchmarks quality``: fine-tune with every policy, and say at what time each would have been as good."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.processes import Clock
+from benchmarks.quality import report, statistics
+from benchmarks.quality.methods import methods
+from benchmarks.quality.tasks import SHIFTS, SIZES, TUNINGS, Task, Workshop
+from benchmarks.quality.training import Plan, before_tuning, run
+from benchmarks.results import ResultsFile, Run, load
+
+#: Learning rates that every contestant is tuned over, by tuning.
+_RATES = {"full": (1.5e-4, 3e-4, 6e-4), "lora": (1e-3, 2e-3, 4e-3)}
+_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks quality``."""
+    parser.add_argument("--size", choices=SIZES, default="mini")
+    parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+    parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
+    parser.add_argument("--contestants", nargs="+", choices=methods(), metavar="NAME",
+                        default=["none", "checkpointing", "random", "sensitivity", "window", "window, ramp"],
+                        help=f"of {', '.join(map(repr, methods()))}")  # fmt: skip
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--shares", nargs="+", type=float, default=list(_SHARES), help='of the steps, for "none"')
+    parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to tune over")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--windows", type=int, help="size of the data set, for the data-limited regime")
+    parser.add_argument("--steps", type=int, help="instead of the size's")
+    parser.add_argument("--pretrain-steps", type=int, help="instead of the size's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/quality"), help="keeps pretrained weights")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there")
+    parser.add_argument("--out", type=Path, help="write the results to this file, after every run")
+    parser.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
+    parser.add_argument(
+        "--statistics", action="store_true", help="bias and variance of gradients, instead of trainings"
+    )
+    parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
+
+
+def main(chosen: argparse.Namespace) -> None:
+    """Run what was asked for and print the tables."""
+    if chosen.report:
+        report.show([record for path in chosen.report for one in load(path) for record in one.records])
+        return
+    clock = Clock(chosen.time_limit)
+    file = ResultsFile(chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append)
+    torch.set_float32_matmul_precision("high")
+    workshop = Workshop(chosen.size, chosen.device, chosen.inner, chosen.folder, chosen.pretrain_steps, chosen.steps)
+    tasks = [
+        Task(chosen.size, shift, tuning, chosen.windows)
+        for tuning, shift in itertools.product(chosen.tunings, chosen.shifts)
+    ]
+    file.add(before_tuning(workshop, tasks))
+    if chosen.statistics:
+        contestants = list(itertools.product(chosen.contestants, chosen.rates))
+        for task in tasks:
+            lr = (chosen.lrs or _RATES[task.tuning])[0]
+            file.add(statistics.measure(workshop, task, contestants, learning_rate=lr))
+        report.show_statistics(file.run.records)
+        return
+    plans = [(task, plan) for task in tasks for plan in _plans(chosen, task)]
+    for task, plan in (progress := tqdm(plans, unit="contestant")):
+        progress.set_postfix_str(f"{task.name}, {plan.method}")
+        for record in run(workshop, task, plan):
+            if "error" in record:
+                tqdm.write(f"{plan.method} failed: {record['error']}", file=sys.stderr)
+            file.add([record])
+            if clock.left() == 0:
+                break
+        if clock.left() == 0:
+            break
+    report.show(file.run.records)
+
+
+def _plans(chosen: argparse.Namespace, task: Task) -> Iterator[Plan]:
+    lrs = tuple(chosen.lrs or _RATES[task.tuning])
+    for name in chosen.contestants:
+        if name == "none":
+            yield from (Plan(name, 0.0, share, lrs, chosen.seeds) for share in chosen.shares)
+        elif name == "checkpointing":
+            yield Plan(name, 0.0, 0.1, lrs[:1], 1)  # its losses are those of "none": only its time is wanted
+        else:
+            yield from (Plan(name, rate, 1.0, lrs, chosen.seeds) for rate in chosen.rates)

@@ -1,0 +1,99 @@
+"""What no dropping would have reached in the same time: the only fair comparison where time is the limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import brentq
+
+from benchmarks.measure import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A contestant's runs at its best learning rate.
+
+    Attributes:
+        losses: held-out losses, one a seed.
+        time: of a run, as a share of that of "none" with all steps: measured on a GPU, by FLOPs on a CPU, whose small models
+            are limited by the host.
+        memory: peak of a step above what was held before it, as a share of that of "none"; ``None`` on a CPU.
+    """
+
+    contestant: str
+    rate: float
+    share: float
+    lr: float
+    losses: tuple[float, ...]
+    time: float
+    memory: float | None
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, ``None`` of a single one."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+
+class Frontier:
+    """Held-out loss of training without dropping as a function of time: runs with schedules of their own at each length."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        points = sorted({result.time: result.loss for result in results}.items())
+        self._times, self._losses = (np.array(column) for column in zip(*points, strict=True)) if points else ((), ())
+        self._curve = PchipInterpolator(self._times, self._losses) if len(points) > 1 else None
+
+    def loss(self, time: float) -> float | None:
+        """The loss reached in a time, ``None`` where that lies outside of the measured ones."""
+        if self._curve is None or not self._times[0] <= time <= self._times[-1] * 1.02:
+            return None
+        return float(self._curve(min(time, self._times[-1])))
+
+    def time(self, loss: float) -> float | None:
+        """The shortest time in which a loss is reached, ``None`` where it is not reached or lies beyond."""
+        if self._curve is None or not min(self._losses) <= loss <= self._losses[0]:
+            return None
+        below = next(i for i, value in enumerate(self._losses) if value <= loss)
+        if below == 0:
+            return float(self._times[0])
+        return float(brentq(lambda time: self._curve(time) - loss, self._times[below - 1], self._times[below]))
+
+
+def results(records: Sequence[Record]) -> list[Result]:
+    """Of one task: for each contestant the runs at the learning rate that was best with the first seed."""
+    good = [record for record in records if record["measurement"] == "quality" and "error" not in record]
+    baseline = [r for r in good if r["contestant"] == "none" and r["share"] == 1.0]
+    if not baseline:
+        return []
+    step_ms = statistics.median(record["step_ms"] for record in baseline)
+    steps = baseline[0]["steps"]
+    memory = statistics.median(record["activation_gib"] for record in baseline)
+    found = []
+    for key in dict.fromkeys((r["contestant"], r["rate"], r["share"]) for r in good):
+        mine = [r for r in good if (r["contestant"], r["rate"], r["share"]) == key]
+        tuning = [r for r in mine if r["seed"] == 0]
+        if not tuning:
+            continue
+        first = min(tuning, key=lambda r: r["eval_loss"])
+        best = [r for r in mine if r["lr"] == first["lr"]]
+        if memory:
+            time = statistics.median(r["step_ms"] for r in best) / step_ms
+        else:
+            time = statistics.median(r["flops_share"] for r in best)
+        found.append(
+            Result(
+                *key,
+                first["lr"],
+                tuple(r["eval_loss"] for r in sorted(best, key=lambda r: r["seed"])),
+                time * first["steps"] / steps,
+                statistics.median(r["activation_gib"] for r in best) / memory if memory else None,
+            )
+        )
+    return found

@@ -1,0 +1,84 @@
+"""Patterns that are on trial: they remember what they drew last, which a pattern of the package's own must not."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Collection, Sequence
+
+from dropbp_fx.policy.contiguous import Line
+from dropbp_fx.policy.patterns import Pattern
+from dropbp_fx.policy.sampling import Unit
+
+
+@dataclasses.dataclass
+class Held:
+    """Another pattern's draw, kept for ``steps`` forwards: an optimizer's moments then see the same branches for a while."""
+
+    pattern: Pattern
+    steps: int
+    _drawn: Collection[int] = dataclasses.field(default=(), init=False)
+    _left: int = dataclasses.field(default=0, init=False)
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        if not self._left:
+            self._drawn, self._left = self.pattern.draw(units, rng), self.steps
+        self._left -= 1
+        return self._drawn
+
+
+@dataclasses.dataclass
+class CyclicWindow:
+    """A window like ``WindowPattern``'s whose place moves on by a fixed part of the model instead of at random.
+
+    Steps of the golden ratio spread places evenly, however many there are.
+    """
+
+    step: float = 0.6180339887498949
+    _place: float = dataclasses.field(default=0.0, init=False)
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        line = Line.of(units)
+        self._place = (self._place + self.step) % 1.0
+        return line.units_in(rng.random(), self._place, self._place + line.rate)
+
+
+@dataclasses.dataclass
+class Windows:
+    """``count`` windows, evenly spaced, that share the rate; where they all begin is random."""
+
+    count: int
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        line, begin, v = Line.of(units), rng.random(), rng.random()
+        length = line.rate / self.count
+        starts = [(begin + number / self.count) % 1.0 for number in range(self.count)]
+        return frozenset().union(*(line.units_in(v, start, start + length) for start in starts))
+
+
+@dataclasses.dataclass
+class Prefix:
+    """Like ``SuffixPattern`` everything below a depth, but always the same one: the mean of what that draws."""
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        line = Line.of(units)
+        return line.units_in(rng.random(), 0.0, min(line.rate, 1.0 - max(line.lengths)))
+
+
+@dataclasses.dataclass
+class Sometimes:
+    """Another pattern in a share of the forwards, at a rate so much higher; all others are exact.
+
+    Attributes:
+        pattern: at most at the rate ``high``.
+        high: the rate in the forwards that drop.
+    """
+
+    pattern: Pattern
+    high: float
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        mean = Line.of(units).rate
+        if rng.random() * self.high >= mean:
+            return ()
+        return self.pattern.draw([dataclasses.replace(unit, rate=self.high) for unit in units], rng)

@@ -1,0 +1,94 @@
+"""Tables of what was measured: each contestant beside what no dropping reached in the same time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from tabulate import tabulate
+
+from benchmarks.measure import Record
+from benchmarks.quality.frontier import Frontier, Result, results
+from benchmarks.quality.methods import methods
+
+_HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none", "gap", "same time, checkpointed", "gap",
+            "time of none to this loss", "memory")  # fmt: skip
+
+
+def show(records: Sequence[Record]) -> None:
+    """Print a table for each task."""
+    for task, rows in tables(records):
+        print(f"\n{task}\n")
+        print(tabulate(rows, _HEADERS, tablefmt="github", floatfmt=".3f"))
+
+
+def tables(records: Sequence[Record]) -> Iterator[tuple[str, list[list[object]]]]:
+    """For each task its name and rows under ``_HEADERS``.
+
+    "same time, none": what "none" reaches in the contestant's time. "checkpointed": what it reaches if each of its
+    steps takes as long as one whose layers are all recomputed.
+    """
+    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
+        mine = [record for record in records if record["task"] == task]
+        found = results(mine)
+        if not found:
+            continue
+        frontier = Frontier(result for result in found if result.contestant == "none")
+        slower = _checkpointing(found)
+        yield task, [_row(result, frontier, slower) for result in found if result.contestant != "checkpointing"]
+
+
+def _checkpointing(found: Sequence[Result]) -> float | None:
+    """How much longer a step takes whose layers are recomputed."""
+    times = [result.time / result.share for result in found if result.contestant == "checkpointing"]
+    # On a CPU FLOPs stand for time, and recomputing is one more forward: a third of a step.
+    return None if not times else times[0] if times[0] != 1.0 else 4 / 3
+
+
+def _row(result: Result, frontier: Frontier, slower: float | None) -> list[object]:
+    name = result.contestant if result.share == 1.0 else f"{result.contestant}, {result.share:.0%} of the steps"
+    same = frontier.loss(result.time)
+    rival = frontier.loss(result.time / slower) if slower else None
+    return [
+        name,
+        result.rate,
+        f"{result.lr:.2g}",
+        result.loss,
+        result.spread,
+        result.time,
+        same,
+        None if same is None else result.loss - same,
+        rival,
+        None if rival is None else result.loss - rival,
+        frontier.time(result.loss),
+        result.memory,
+    ]
+
+
+def show_statistics(records: Sequence[Record]) -> None:
+    """Print for each task and point how far gradients are from exact ones, over all layers."""
+    keys = ("task", "point", "contestant", "rate")
+    good = [r for r in records if r["measurement"] == "quality statistics" and "error" not in r and r["part"] != "rest"]
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in good:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    headers = [*keys, "sampling variance", "bias", "added variance", "cosine of means", "mean cosine, kept"]
+    rows = [[*group, *_over_layers(mine)] for group, mine in groups.items()]
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3f"))
+
+
+def _over_layers(mine: Sequence[Record]) -> list[float]:
+    """Figures of all layers together: squares add up, weighted by the squared norms that they are shares of."""
+    weights = [record["norm"] ** 2 for record in mine]
+
+    def mean(figure: str, power: int = 1) -> float:
+        total = sum(weight * record[figure] ** power for weight, record in zip(weights, mine, strict=True) if weight)
+        return total / sum(weights)
+
+    kept = statistics.fmean(record["kept_cosine"] for record in mine)
+    return [mean("sampling_variance"), mean("bias", 2) ** 0.5, mean("added_variance"), mean("cosine"), kept]
+
+
+def contestants() -> str:
+    """A table of all contestants."""
+    return tabulate([(name, method.about) for name, method in methods().items()], ["contestant", "what"], "github")

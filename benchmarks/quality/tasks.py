@@ -1,0 +1,206 @@
+"""What is fine-tuned on what: a small byte-level Llama, pretrained on Python source, on a text that is new to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.models import Decoder, Shape, make_model
+from benchmarks.quality import corpora
+from benchmarks.quality.corpora import Batches, Corpus
+
+_BYTES = 256
+_CLIP = 1.0
+_WARMUP = 0.05
+_LORA_RANK = 8
+
+#: Corpora by the strength of the shift from what the model was pretrained on.
+SHIFTS = {"mild": "sympy", "strong": "headers"}
+TUNINGS = ("full", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model with what it is trained for.
+
+    Attributes:
+        shape: of the model and its batches.
+        pretrain_steps: length of the pretraining.
+        pretrain_lr: its peak learning rate.
+        steps: length of a fine-tuning.
+        held_out: held-out windows that a loss is taken over.
+        megabytes: of each corpus.
+    """
+
+    shape: Shape
+    pretrain_steps: int
+    pretrain_lr: float
+    steps: int
+    held_out: int
+    megabytes: float
+
+
+def _llama(layers: int, width: int, batch: int, tokens: int) -> Shape:
+    return Shape(layers, width, 8 * width // 3 // 32 * 32, max(width // 64, 2), _BYTES, batch, tokens)
+
+
+#: "tiny" is for tests; "mini" is trained within two minutes on a CPU; the others are for one GPU.
+SIZES = {
+    "tiny": Size(_llama(4, 48, 2, 32), 4, 1e-3, 8, 4, 1.0),
+    "mini": Size(_llama(12, 96, 16, 128), 800, 2e-3, 400, 64, 6.0),
+    "12x256": Size(_llama(12, 256, 32, 256), 3000, 1e-3, 600, 256, 12.0),
+    "12x768": Size(_llama(12, 768, 32, 512), 2000, 6e-4, 600, 128, 24.0),
+    "24x512": Size(_llama(24, 512, 32, 512), 2000, 6e-4, 600, 128, 24.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One fine-tuning problem.
+
+    Attributes:
+        size: one of ``SIZES``.
+        shift: "mild" or "strong".
+        tuning: "full" trains all parameters, "lora" low-rank updates of all linear layers.
+        windows: size of the data set, ``None`` for as much as there is: each window is then seen once.
+    """
+
+    size: str
+    shift: str
+    tuning: str
+    windows: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        shape = SIZES[self.size].shape
+        return dataclasses.replace(shape, lora_rank=_LORA_RANK) if self.tuning == "lora" else shape
+
+    @property
+    def name(self) -> str:
+        small = "" if self.windows is None else f", {self.windows} windows"
+        return f"{self.size}, {self.shift}, {self.tuning}{small}"
+
+
+class Workshop:
+    """Corpora, pretrained weights and batches, each made once.
+
+    Args:
+        size: one of ``SIZES``.
+        device: "cpu" or "cuda".
+        inner: the compiler of pretraining.
+        folder: where pretrained weights are kept between processes.
+        pretrain_steps, steps: instead of the size's.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        device: str,
+        inner: str,
+        folder: Path,
+        pretrain_steps: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        lengths = {"pretrain_steps": pretrain_steps, "steps": steps}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        self.size, self.device, self.inner = dataclasses.replace(SIZES[size], **given), device, inner
+        self._folder = folder
+        self._corpora: dict[str, Corpus] = {}
+        self._weights: dict[str, Tensor] | None = None
+
+    def corpus(self, name: str) -> Corpus:
+        if name not in self._corpora:
+            self._corpora[name] = corpora.read(name, megabytes=self.size.megabytes)
+        return self._corpora[name]
+
+    def batches(self, corpus: str, seed: int, windows: int | None = None) -> Batches:
+        shape = self.size.shape
+        return Batches(self.corpus(corpus).train, shape.tokens, shape.batch, seed, windows)
+
+    def model(self, task: Task) -> Decoder:
+        """The pretrained model, ready to be fine-tuned; the same at every call."""
+        model = make_model(task.shape, device=self.device, dtype=torch.float32, fused_loss=False)
+        unknown = model.load_state_dict(self._pretrained(), strict=False)
+        assert not unknown.unexpected_keys
+        return model
+
+    @torch.no_grad()
+    def held_out_loss(self, model: Decoder, corpus: str) -> float:
+        """Mean loss a byte, in nats, over windows spread over the held-out files."""
+        text, shape = self.corpus(corpus).held_out, self.size.shape
+        batches = Batches(text, shape.tokens, shape.batch, seed=0, windows=max(self.size.held_out, shape.batch))
+        losses = []
+        for step in range(batches.steps_per_epoch):
+            with self.precision():
+                losses.append(model(batches[step].to(self.device)))
+        return float(torch.stack(losses).double().mean())
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Parameters are float32; GPUs compute in bf16."""
+        if self.device == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _pretrained(self) -> dict[str, Tensor]:
+        if self._weights is None:
+            corpus = self.corpus("python")
+            conditions = (dataclasses.replace(self.size, steps=0), corpus.digest, self.device, torch.__version__)
+            key = hashlib.blake2b(repr(conditions).encode(), digest_size=8).hexdigest()
+            path = self._folder / f"pretrained-{key}.pt"
+            if not path.exists():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".partial")
+                torch.save(self._pretrain(), partial)
+                partial.rename(path)
+            self._weights = torch.load(path, map_location=self.device)
+        return self._weights
+
+    def _pretrain(self) -> dict[str, Tensor]:
+        size = self.size
+        model = make_model(size.shape, device=self.device, dtype=torch.float32, fused_loss=False)
+        run = torch.compile(model, backend=self.inner, dynamic=False)
+        optimizer = make_optimizer([{"params": list(model.parameters())}], self.device)
+        batches = self.batches("python", seed=0)
+        for step in tqdm(range(size.pretrain_steps), "pretraining", leave=False):
+            set_learning_rate(optimizer, size.pretrain_lr * cosine(step, size.pretrain_steps))
+            with self.precision():
+                loss = run(batches[step].to(self.device))
+            loss.backward()
+            update(optimizer)
+        torch._dynamo.reset()
+        return model.state_dict()
+
+
+def make_optimizer(groups: list[dict[str, object]], device: str) -> torch.optim.AdamW:
+    """AdamW as everybody uses it here; learning rates are set at each step."""
+    return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=device == "cuda")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def update(optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda: None) -> None:
+    """Clip, step, and forget the gradients."""
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], _CLIP)
+    before()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the peak learning rate: up in the first twentieth of the run, then down to zero along a cosine."""
+    progress = step / steps
+    if progress < _WARMUP:
+        return (step + 1) / max(_WARMUP * steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))

@@ -1,0 +1,172 @@
+"""One fine-tuning run, and what it cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Record, error_text, peak, reset_peak, synchronize
+from benchmarks.models import Decoder
+from benchmarks.quality.methods import Attempt, Setting, methods, step_flops
+from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
+
+#: Steps that are not timed, as a share of the run: the first ones warm up.
+_UNTIMED = 0.02
+#: How often a grid of learning rates is extended where its best value is at an end.
+_EXTENSIONS = 2
+#: Batches that calibrations and the like look at come from another order of the same data.
+_ASIDE = 7919
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One contestant's runs on a task.
+
+    Attributes:
+        method: a name of ``methods()``.
+        rate: the method's.
+        share: of the task's steps; contestants that leave out nothing can spend less time this way.
+        lrs: peak learning rates to choose from with the first seed. Where the best is the first or the last of them, a
+            half or twice of it is tried too, up to ``_EXTENSIONS`` times.
+        seeds: runs with the learning rate that was best.
+    """
+
+    method: str
+    rate: float
+    share: float
+    lrs: tuple[float, ...]
+    seeds: int
+
+
+def run(workshop: Workshop, task: Task, plan: Plan) -> Iterator[Record]:
+    """All runs of a plan; a run that fails is a record with its text under "error"."""
+    runner = _Runner(workshop, task, plan)
+    found: dict[float, float] = {}
+    candidates = list(plan.lrs)
+    for extension in range(_EXTENSIONS + 1):
+        for rate in candidates:
+            record = runner.run(rate, seed=0)
+            found[rate] = record.get("eval_loss", math.inf)
+            yield record
+        best = min(found, key=found.__getitem__)
+        candidates = [best / 2] if best == min(found) else [2 * best] if best == max(found) else []
+        if len(plan.lrs) == 1 or not math.isfinite(found[best]) or extension == _EXTENSIONS or not candidates:
+            break
+    for seed in range(1, plan.seeds):
+        yield runner.run(best, seed)
+
+
+class _Runner:
+    """Makes the runs of a plan on one compiled model, as far as the method can be restarted."""
+
+    def __init__(self, workshop: Workshop, task: Task, plan: Plan) -> None:
+        self._workshop, self._task, self._plan = workshop, task, plan
+        self._steps = max(round(plan.share * workshop.size.steps), 1)
+        self._attempt: Attempt | None = None
+
+    def run(self, learning_rate: float, seed: int) -> Record:
+        plan, task = self._plan, self._task
+        record: Record = {
+            "measurement": "quality",
+            "task": task.name,
+            **dataclasses.asdict(task),
+            "contestant": plan.method,
+            "rate": plan.rate,
+            "share": plan.share,
+            "steps": self._steps,
+            "lr": learning_rate,
+            "seed": seed,
+        }
+        try:
+            if self._attempt is None or not self._attempt.reusable:
+                self._model, self._attempt = _attempt(self._workshop, task, plan, self._steps)
+                self._weights = copy.deepcopy(self._model.state_dict())
+            self._model.load_state_dict(self._weights)
+            self._attempt.restart(seed)
+            return {
+                **record,
+                **_train(self._workshop, task, self._attempt, self._model, self._steps, learning_rate, seed),
+            }
+        except Exception as error:
+            self._attempt = None
+            return {**record, "error": error_text(error)}
+
+
+def _attempt(workshop: Workshop, task: Task, plan: Plan, steps: int) -> tuple[Decoder, Attempt]:
+    """A model with its way to be trained, all of it compiled."""
+    torch._dynamo.reset()
+    model = workshop.model(task)
+    setting = Setting(plan.rate, workshop.inner, steps, workshop.precision)
+    attempt = methods()[plan.method].make(model, setting)
+    ids = workshop.batches(SHIFTS[task.shift], _ASIDE)[0].to(workshop.device)
+    attempt.training_loss(ids).backward()
+    attempt.compile_all()
+    attempt.training_loss(ids).backward()
+    model.zero_grad(set_to_none=True)
+    return model, attempt
+
+
+def _train(
+    workshop: Workshop, task: Task, attempt: Attempt, model: Decoder, steps: int, learning_rate: float, seed: int
+) -> Record:
+    device, corpus = workshop.device, SHIFTS[task.shift]
+    batches = workshop.batches(corpus, seed, task.windows)
+    aside = iter(range(10**9))
+    others = workshop.batches(corpus, _ASIDE + seed, task.windows)
+
+    def next_batch() -> Tensor:
+        return others[next(aside)].to(device)
+
+    torch.manual_seed(seed)
+    optimizer = make_optimizer(attempt.groups(), device)
+    untimed, losses, held, started = max(round(_UNTIMED * steps), 2), [], 0, 0.0
+    for step in range(steps):
+        if step == untimed:
+            held, started = reset_peak(device), time.perf_counter()
+            synchronize(device)
+        set_learning_rate(optimizer, learning_rate * cosine(step, steps))
+        attempt.before_step(step / steps, next_batch)
+        loss = attempt.training_loss(batches[step].to(device))
+        loss.backward()
+        losses.append(loss.detach())
+        update(optimizer, lambda: attempt.before_update(optimizer))
+    synchronize(device)
+    seconds = (time.perf_counter() - started) / max(steps - untimed, 1) * steps
+    tenth = max(steps // 10, 1)
+    return {
+        "eval_loss": workshop.held_out_loss(model, corpus),
+        "train_losses": [float(torch.stack(losses[at : at + tenth]).mean()) for at in range(0, steps, tenth)],
+        "epochs": steps / batches.steps_per_epoch,
+        "seconds": round(seconds, 4),
+        "step_ms": round(1e3 * seconds / steps, 4),
+        "activation_gib": round((peak(device) - held) / 2**30, 4),
+        **_cost(workshop, task, attempt),
+    }
+
+
+def _cost(workshop: Workshop, task: Task, attempt: Attempt) -> Record:
+    """The attempt's figures, and the FLOPs of its steps as a share of those of exact ones."""
+    ids = workshop.batches(SHIFTS[task.shift], _ASIDE)[0].to(workshop.device)
+    return {**attempt.facts(), "flops_share": attempt.flops_share(step_flops(workshop.model(task), ids), ids)}
+
+
+def before_tuning(workshop: Workshop, tasks: Sequence[Task]) -> Iterator[Record]:
+    """Held-out losses of the pretrained model, on what it knows and on what is new."""
+    for task in tasks:
+        facts: dict[str, Any] = {
+            "measurement": "quality before",
+            "task": task.name,
+            **dataclasses.asdict(task),
+            "eval_loss": workshop.held_out_loss(workshop.model(task), SHIFTS[task.shift]),
+            "pretraining_loss": workshop.held_out_loss(workshop.model(task), "python"),
+            "corpus_digest": workshop.corpus(SHIFTS[task.shift]).digest,
+            "corpus_files": workshop.corpus(SHIFTS[task.shift]).files,
+        }
+        yield facts

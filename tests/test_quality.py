@@ -1,0 +1,351 @@
+"""The harness for learning quality: its data, its contestants, its arithmetic, on tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import main
+from benchmarks.models import Decoder
+from benchmarks.quality import corpora, statistics
+from benchmarks.quality.corpora import Batches
+from benchmarks.quality.frontier import Frontier, Result, results
+from benchmarks.quality.methods import Attempt, Engine, Setting, Skipping, methods
+from benchmarks.quality.patterns import CyclicWindow, Held, Prefix, Sometimes, Windows
+from benchmarks.quality.tasks import Task, Workshop
+from benchmarks.quality.training import Plan, run
+from benchmarks.results import load
+from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
+from dropbp_fx.policy.sampling import Unit
+from tests.oracle import detached
+
+TASK = Task("tiny", "strong", "full")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop("tiny", "cpu", "aot_eager", tmp_path_factory.mktemp("weights"))
+
+
+def attempt_of(workshop: Workshop, name: str, rate: float = 0.5, steps: int = 8) -> tuple[Decoder, Any]:
+    torch._dynamo.reset()
+    model = workshop.model(TASK)
+    return model, methods()[name].make(model, Setting(rate, "aot_eager", steps, contextlib.nullcontext))
+
+
+def ids_of(workshop: Workshop, number: int = 0) -> Tensor:
+    return workshop.batches("headers", seed=0)[number]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_corpora_are_split_by_file_and_share_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = {f"folder/{number}.h": f"int x{number};\n" * 3 for number in range(60)}
+    texts |= {"copy.h": texts["folder/1.h"], "spaced.h": texts["folder/2.h"].replace(" ", "  "), "no.txt": "text"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setitem(corpora._SOURCES, "headers", ((tmp_path,), (".h",)))
+    corpus = corpora.read("headers")
+    assert corpus.files == 60
+    parts = [set(bytes(part.tolist()).split(b"\0")) - {b""} for part in (corpus.train, corpus.held_out)]
+    assert len(parts[0]) + len(parts[1]) == 60
+    assert not parts[0] & parts[1]
+    assert 1 <= len(parts[1]) <= 20
+    assert corpora.read("headers").digest == corpus.digest
+
+
+def test_a_machine_without_the_files_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(corpora._SOURCES, "headers", ((tmp_path,), (".h",)))
+    with pytest.raises(
+        FileNotFoundError, match=r"Found 0 files of the corpus 'headers' below .* Install PyTorch and SymPy"
+    ):
+        corpora.read("headers")
+
+
+def test_batches_show_every_window_once_an_epoch_in_an_order_of_the_seed() -> None:
+    text = torch.arange(101, dtype=torch.uint8)
+    batches = Batches(text, tokens=10, batch=2, seed=3)
+    assert batches.steps_per_epoch == 5
+    epoch = torch.cat([batches[step] for step in range(5)])
+    assert sorted(epoch[:, 0].tolist()) == list(range(0, 100, 10))
+    assert torch.equal(epoch[:, -1] - epoch[:, 0], torch.full((10,), 10))
+    assert not torch.equal(epoch, torch.cat([batches[step] for step in range(5, 10)]))
+    assert torch.equal(batches[2], Batches(text, 10, 2, seed=3)[2])
+    assert not torch.equal(batches[2], Batches(text, 10, 2, seed=4)[2])
+    few = Batches(text, tokens=10, batch=2, seed=3, windows=4)
+    assert sorted(torch.cat([few[0], few[1]])[:, 0].tolist()) == [0, 30, 60, 90]
+    with pytest.raises(ValueError, match="10 windows of 10 bytes, too few for a batch of 11"):
+        Batches(text, tokens=10, batch=11, seed=0)
+
+
+# ---- contestants -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["none", "checkpointing"])
+def test_exact_contestants_have_exact_gradients(workshop: Workshop, name: str) -> None:
+    model, attempt = attempt_of(workshop, name)
+    ids = ids_of(workshop)
+    attempt.training_loss(ids).backward()
+    reference = workshop.model(TASK)
+    reference(ids).backward()
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_freezing_trains_the_upper_layers_only(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "freezing")
+    attempt.training_loss(ids_of(workshop)).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[1] for name in trained if name.startswith("layers.")} == {"2", "3"}
+    assert not any(name.startswith("embedding") for name in trained)
+
+
+def test_lisa_trains_the_weights_of_a_layer_for_a_while_and_passes_gradients_through_all(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "LISA", rate=0.75)
+    seen = []
+    for step in range(20):
+        attempt.training_loss(ids_of(workshop, step)).backward()
+        seen.append({name.split(".")[1] for name, p in model.layers.named_parameters("l") if p.grad is not None})
+        assert model.embedding.grad is not None
+        model.zero_grad()
+    assert all(layers == seen[0] and len(layers) == 1 for layers in seen)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_skipped_layers_keep_the_mean_and_the_share(workshop: Workshop, progressive: bool) -> None:
+    model = workshop.model(TASK)
+    attempt = Skipping(model, Setting(0.25, "eager", 8, contextlib.nullcontext), progressive=progressive)
+    attempt.restart(seed=1)
+    calls, losses = 0, []
+    kind = type(model.layers[0])
+
+    def counted(*arguments: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return kind.attention(*arguments)
+
+    attempt._attention, attempt._feed_forward, attempt._head = counted, kind.feed_forward, type(model).loss
+    attempt.before_step(1.0, lambda: ids_of(workshop))
+    for _ in range(400):
+        with torch.no_grad():
+            losses.append(float(attempt.loss(ids_of(workshop))))
+    assert calls / (400 * 4) == pytest.approx(0.75, abs=0.03)
+    attempt.before_step(0.0, lambda: ids_of(workshop))
+    calls = 0
+    with torch.no_grad():
+        for _ in range(20):
+            attempt.loss(ids_of(workshop))
+    assert (calls == 80) == progressive  # which begins with all layers
+
+
+def test_selective_steps_are_on_the_hardest_windows(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "selective")
+    ids = torch.cat([ids_of(workshop, 0), ids_of(workshop, 1)])
+    losses = torch.stack([model(row[None]) for row in ids])
+    attempt.training_loss(ids).backward()
+    expected = workshop.model(TASK)
+    expected(ids[losses.topk(2).indices]).backward()
+    for mine, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_coasting_steps_along_the_first_moment_and_scaling_lifts_the_layers_rate(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "window, coasting")
+    optimizer = torch.optim.AdamW(attempt.groups(), lr=1e-3)
+    missing = 0
+    for step in range(4):
+        attempt.training_loss(ids_of(workshop, step)).backward()
+        before = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state}
+        absent = [p for p in model.layers.parameters() if p.grad is None]
+        attempt.before_update(optimizer)
+        for p in absent:
+            assert (p.grad is None) == (p not in before)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, before[p])
+                missing += 1
+        optimizer.step()
+        optimizer.zero_grad()
+    assert missing
+
+    model, attempt = attempt_of(workshop, "window, scaled")
+    optimizer = torch.optim.AdamW(attempt.groups(), lr=1e-3)
+    attempt.training_loss(ids_of(workshop)).backward()
+    attempt.before_update(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(1e-3 * 2**0.5), 1e-3]
+
+
+def test_a_controlled_rate_rises_while_dropping_adds_little_variance(workshop: Workshop) -> None:
+    _, attempt = attempt_of(workshop, "window, controlled", rate=0.1)
+    attempt.training_loss(ids_of(workshop))
+    numbers = iter(range(100))
+    for share, rises in ((1e9, True), (0.0, False)):
+        attempt._control, attempt._controlled = share, []
+        before = attempt.backend.rate
+        attempt.before_step(0.0, lambda: ids_of(workshop, next(numbers)))
+        assert (attempt.backend.rate > before) == rises
+
+
+def units(count: int, rate: float) -> list[Unit]:
+    return [Unit(rate=rate, trainable=True, flops=1.0, layer=f"l{i}", name=f"l{i}") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [CyclicWindow(), Windows(2), Prefix(), Held(RandomPattern(), 3), Sometimes(WindowPattern(), 0.9)],
+    ids=repr,
+)
+def test_patterns_on_trial_drop_the_rate_on_average(pattern: Any) -> None:
+    rng, many = random.Random(0), units(12, 0.4)
+    drawn = [frozenset(pattern.draw(many, rng)) for _ in range(3000)]
+    assert sum(map(len, drawn)) / (12 * len(drawn)) == pytest.approx(0.4, abs=0.02)
+    if isinstance(pattern, Held):
+        assert all(drawn[i] == drawn[i - i % 3] for i in range(len(drawn)))
+    if isinstance(pattern, Prefix):
+        assert all(dropped in (set(range(4)), set(range(5))) for dropped in drawn)
+    if isinstance(pattern, Sometimes):
+        assert {len(dropped) for dropped in drawn} <= {0, 10, 11}
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_same_again_and_another_with_another_seed(workshop: Workshop) -> None:
+    plan = Plan("window", 0.5, 1.0, (1e-3,), 2)
+    first, other = run(workshop, TASK, plan)
+    again, _ = run(workshop, TASK, plan)
+    assert first["eval_loss"] == pytest.approx(again["eval_loss"], abs=1e-6)
+    assert abs(first["eval_loss"] - other["eval_loss"]) > 1e-5
+    assert first["realised_rate"] == 0.5
+    assert 0.5 < first["flops_share"] < 0.8
+    before = workshop.held_out_loss(workshop.model(TASK), "headers")
+    assert first["eval_loss"] < before
+
+
+def test_learning_rates_are_tuned_with_the_first_seed_and_the_grid_grows_where_its_end_is_best(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.quality import training
+
+    tried = []
+
+    def pretended(_w: Any, _t: Any, _a: Any, _m: Any, _s: int, rate: float, seed: int) -> dict[str, float]:
+        tried.append((rate, seed))
+        return {"eval_loss": abs(math.log(rate / 8.0))}
+
+    monkeypatch.setattr(training, "_train", pretended)
+    list(run(workshop, TASK, Plan("none", 0.0, 1.0, (1.0, 2.0), 3)))
+    assert tried == [(1.0, 0), (2.0, 0), (4.0, 0), (8.0, 0), (8.0, 1), (8.0, 2)]
+
+
+def test_a_failing_run_is_a_record_that_says_why(workshop: Workshop) -> None:
+    broken = dataclasses.replace(methods()["none"], make=lambda model, setting: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.quality.training.methods", lambda: {"none": broken})
+        (record,) = run(workshop, TASK, Plan("none", 0.0, 1.0, (1e-3,), 1))
+    assert "ZeroDivisionError" in record["error"]
+
+
+def test_statistics_of_patterns_that_are_known(workshop: Workshop) -> None:
+    """The top layers' gradients under a fixed suffix are exact, those below are gone: a bias of one and no variance."""
+    (size,) = [workshop.size.shape.layers]
+    found = list(
+        statistics.measure(
+            workshop,
+            TASK,
+            [("fixed suffix", 0.5), ("none", 0.0)],
+            learning_rate=1e-3,
+            points=(0.0,),
+            batches=2,
+            draws=2,
+        )
+    )
+    assert "does not" in found[-1]["error"]
+    by_part = {record["part"]: record for record in found[:-1]}
+    assert len(by_part) == size + 1
+    for layer in range(size):
+        record = by_part[f"layers.{layer}"]
+        assert record["sampling_variance"] > 0
+        assert record["bias"] == pytest.approx(1.0 if layer < size // 2 else 0.0, abs=1e-4)
+        assert record["added_variance"] < 1e-6
+        assert record["kept"] == (0.0 if layer < size // 2 else 1.0)
+
+
+def test_kept_gradients_are_those_of_detached_branches(workshop: Workshop) -> None:
+    """The harness' models and the engine together, against the oracle."""
+    model, attempt = attempt_of(workshop, "window")
+    assert isinstance(attempt, Engine)
+    assert isinstance(attempt, Attempt)
+    ids = ids_of(workshop)
+    attempt.training_loss(ids)
+    names = [branch.name for branch in attempt.backend.branches]
+    with attempt.backend.pinned([2, 3]):
+        attempt.training_loss(ids).backward()
+    dropped = {name for name, p in model.named_parameters() if p.grad is None}
+    assert {name.rsplit(".", 1)[0] for name in dropped if "layers" in name}
+    assert all(name.startswith("layers.1.") for name in dropped), names
+    with detached(model, []):
+        assert torch.isfinite(attempt.training_loss(ids))
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_the_frontier_gives_losses_of_times_and_times_of_losses() -> None:
+    frontier = Frontier(Result("none", 0.0, t, 1e-3, (2.0 - t,), t, None) for t in (0.4, 0.6, 1.0))
+    assert frontier.loss(0.8) == pytest.approx(1.2)
+    assert frontier.loss(1.01) == pytest.approx(1.0)
+    assert frontier.loss(0.3) is None
+    assert frontier.time(1.3) == pytest.approx(0.7)
+    assert frontier.time(1.6) == pytest.approx(0.4)
+    assert frontier.time(0.9) is None
+    assert Frontier([]).loss(1.0) is None
+
+
+def record_of(contestant: str, lr: float, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+    common = {"measurement": "quality", "task": "t", "rate": 0.5, "share": 1.0, "steps": 10, "step_ms": 7.0}
+    return {**common, "contestant": contestant, "lr": lr, "seed": seed, "eval_loss": loss, "activation_gib": 1.0,
+            "flops_share": 0.6, **more}  # fmt: skip
+
+
+def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> None:
+    records = [
+        record_of("none", 1.0, 0, 2.0, rate=0.0, step_ms=10.0, activation_gib=4.0),
+        record_of("window", 1.0, 0, 2.3),
+        record_of("window", 2.0, 0, 2.2),
+        record_of("window", 2.0, 1, 2.4),
+        record_of("window", 1.0, 1, 1.0),
+        {"measurement": "quality", "task": "t", "contestant": "window", "error": "x"},
+    ]
+    none, window = results(records)
+    assert (none.loss, none.time, none.memory) == (2.0, 1.0, 1.0)
+    assert (window.lr, window.losses, window.time, window.memory) == (2.0, (2.2, 2.4), 0.7, 0.25)
+    assert window.spread == pytest.approx(0.1414, abs=1e-3)
+    assert results([{**record, "activation_gib": 0.0} for record in records if "error" not in record])[1].time == 0.6
+
+
+def test_the_command_writes_records_and_prints_gaps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workshop: Workshop
+) -> None:
+    out = tmp_path / "quality.json"
+    common = ["quality", "--size", "tiny", "--inner", "aot_eager", "--device", "cpu", "--folder", str(workshop._folder)]
+    main([*common, "--tunings", "lora", "--shifts", "mild", "--contestants", "none", "checkpointing", "window",
+          "--shares", "1", "0.5", "--lrs", "2e-3", "--out", str(out)])  # fmt: skip
+    (first,) = load(out)
+    assert [record["measurement"] for record in first.records] == ["quality before", *["quality"] * 4]
+    printed = capsys.readouterr().out
+    assert "tiny, mild, lora" in printed
+    assert "none, 50% of the steps" in printed
+    main(["quality", "--report", str(out)])
+    assert capsys.readouterr().out.strip() == printed.strip()
+    main([*common, "--tunings", "full", "--shifts", "mild", "--contestants", "window", "--statistics", "--steps", "2"])
+    assert "added variance" in capsys.readouterr().out
