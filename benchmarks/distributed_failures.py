@@ -28,6 +28,7 @@ _SLACK_S = 10.0
 #: Beyond the group's time limit, for a process to end: NCCL's group waits a minute for ranks that write down what they did.
 _GRACE_S = 120.0
 _STEPS_BEFORE = 5
+_RATE = 0.5
 
 
 def main() -> None:
@@ -95,6 +96,7 @@ def _watched(request: DistributedRequest, failure: str) -> Record:
             process.kill()
             process.join()
         return {
+            "value": _RATE,
             "failure": failure,
             "timeout_s": _TIMEOUT_S,
             "hangs": any(rank.hangs for rank in ranks),
@@ -121,7 +123,7 @@ def _process(rank: int, request: DistributedRequest, failure: str, folder: Path)
     join_processes(rank, request, str(folder / "store"), datetime.timedelta(seconds=_TIMEOUT_S))
     try:
         run = DistributedRun(request, seed=int(odd and failure == "another seed"))
-        run.training.choose(0.5)
+        run.training.choose(_RATE)
         assert run.backend is not None
         for step in range(_STEPS_BEFORE + 500):
             if step == (0 if failure == "another seed" else _STEPS_BEFORE) and odd:
@@ -129,7 +131,7 @@ def _process(rank: int, request: DistributedRequest, failure: str, folder: Path)
                 if failure == "a dead rank":
                     os._exit(9)
                 if failure == "a rate of its own":
-                    run.backend.rate = 0.25
+                    run.backend.rate = _RATE / 2
             float(run.step())
     except Exception as error:
         written = folder / f"written{rank}"
