@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks import distributed_tables
 from benchmarks.distributed_worker import DistributedRequest
-from benchmarks.measure import Record
 from benchmarks.processes import Clock, failed, in_own_process
 from benchmarks.results import ResultsFile, Run
 from benchmarks.suites import SUITES, shape_of
@@ -52,10 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "error" in record:
                 tqdm.write(f"{request.engine}, {request.contestant} failed: {record['error']}", file=sys.stderr)
         file.add(records)
-    for title, rows in _tables(file.run.records):
-        if rows:
-            print(f"\n{title}\n")
-            print(tabulate(rows, "keys", tablefmt="github"))
+    print(distributed_tables.text([file.run]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,37 +110,6 @@ def _requests(chosen: argparse.Namespace) -> Iterator[DistributedRequest]:
             yield dataclasses.replace(
                 request, train_steps=chosen.curve_steps, processes=processes, batch=alone // processes
             )
-
-
-def _tables(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    good = [record for record in records if "error" not in record]
-    keys = ("engine", "contestant", "value", "step_ms", "host_ms", "peak_gib", "activation_gib", "gradient_bytes",
-            "gathered_bytes", "realised_rate")  # fmt: skip
-    yield "Steps", [_pick(record, keys) for record in good if record["measurement"] == "distributed steps"]
-    curves = [record for record in good if record["measurement"] == "distributed losses"]
-    yield (
-        "Loss curves",
-        [
-            {
-                **_pick(many, ("engine", "contestant", "value", "processes")),
-                "first": many["losses"][0],
-                "last": many["losses"][-1],
-                "last of one process": one["losses"][-1],
-                "largest difference": max(abs(a - b) for a, b in zip(many["losses"], one["losses"], strict=True)),
-            }
-            for many in curves
-            for one in curves
-            if many["processes"] > one["processes"] and many["engine"] == one["engine"]
-        ],
-    )
-    keys = ("engine", "failure", "hangs", "ended_after_s", "statuses")
-    yield "Failures", [_pick(record, keys) for record in good if record["measurement"] == "distributed failures"]
-    keys = ("engine", "contestant", "value", "steps", "agree", "resumed_alike", "different_patterns")
-    yield "Patterns", [_pick(record, keys) for record in good if record["measurement"] == "distributed patterns"]
-
-
-def _pick(record: Record, keys: Sequence[str]) -> Record:
-    return {key: record.get(key) for key in keys}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ _FIGURES = {
     "distributed steps": {"engine", "processes", "step_ms", "peak_gib", "gradient_bytes", "gathered_bytes", "losses"},
     "distributed losses": {"engine", "processes", "losses"},
     "distributed patterns": {"engine", "processes", "steps", "agree", "resumed_alike"},
+    "distributed failures": {"engine", "processes", "failure", "timeout_s", "ended_after_s", "errors", "last_output"},
 }
 #: Fine-tunings and what they began with are told apart by the task.
 _COMMON_OF_TASKS = {"measurement", "task", "size", "shift", "tuning"}

@@ -155,7 +155,7 @@ def clip_grad_norm_(groups: Iterable[Mapping[str, Any]], max_norm: float, norm_t
     return total
 
 
-def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:
+def _parameters(group: Mapping[str, Any]) -> list[Tensor]:
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(
             f"clip_grad_norm_() takes groups of parameters, and was given a {type(group).__name__} as one. Give "
@@ -165,7 +165,7 @@ def _parameters(group: Mapping[str, Any]) -> list[nn.Parameter]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
-def _norms(parameters: list[nn.Parameter], norm_type: float) -> Iterable[Tensor]:
+def _norms(parameters: list[Tensor], norm_type: float) -> Iterable[Tensor]:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return _torch.norms(gradients, norm_type) if gradients else []
 
@@ -180,13 +180,17 @@ def _norm_of_norms(norms: list[Tensor], norm_type: float) -> Tensor:
     for norm in norms:
         key = (norm.device_mesh, norm.placements) if isinstance(norm, DTensor) else None
         alike.setdefault(key, []).append(norm.to_local() if isinstance(norm, DTensor) else norm)
-    whole = []
+    whole: list[Tensor] = []
     for key, local in alike.items():
-        norm = torch.linalg.vector_norm(torch.stack([one.to(local[0].device) for one in local]), norm_type)
+        norm = _norm_of_numbers(local, norm_type)
         whole.append(norm if key is None else DTensor.from_local(norm, *key, run_check=False).full_tensor())
-    if len(whole) == 1:
-        return whole[0]
-    return torch.linalg.vector_norm(torch.stack([one.to(whole[0].device) for one in whole]), norm_type)
+    return whole[0] if len(whole) == 1 else _norm_of_numbers(whole, norm_type)
+
+
+def _norm_of_numbers(numbers: list[Tensor], norm_type: float) -> Tensor:
+    device = numbers[0].device
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([number.to(device) for number in numbers]), norm_type)
+    return norm
 
 
 def _present_runs(bucket: dist.GradBucket, buffer: Tensor) -> list[Tensor]:

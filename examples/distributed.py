@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -122,8 +123,14 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, backend: DropBPBackend) -> int:
     state = state_of(model, optimizer, "")
+    moments = {"optimizer": state.pop("optimizer")}
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    # Where a branch was dropped in every step so far, the checkpoint has no optimizer state of its parameters. Theirs stays
+    # what it is here: moments of zero, and no step taken.
+    for of_parameter in moments["optimizer"]["state"].values():
+        of_parameter["step"].zero_()
+    dcp.load(moments, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments["optimizer"])
     run = json.loads(state["run"])
     backend.load_state_dict(run["dropbp"])
     return int(run["step"])

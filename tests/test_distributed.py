@@ -28,7 +28,10 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -37,6 +40,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+import examples.distributed
 from benchmarks import distributed
 from benchmarks.distributed_worker import DistributedRequest, measure
 from benchmarks.measure import Record
@@ -487,6 +491,40 @@ def clipped_shards(rank: int, folder: Path) -> None:
     assert float(clip_grad_norm_([*groups, {"params": alone}], 1e9)) == pytest.approx(math.hypot(sharded_norm, 12**0.5))
 
 
+def groups_in_a_checkpoint(rank: int, folder: Path) -> None:
+    """Groups come back as they were, and parameters that have had no gradient yet, of which the checkpoint knows nothing."""
+
+    def start(rates: Sequence[float]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = Model()
+        sharded(model)
+        optimizer = torch.optim.AdamW(parameter_groups(model, model.layers), fused=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, *dropped: nn.Module) -> None:
+        loss_of(model, batch_of(rank, 0)).backward()
+        for part in dropped:
+            part.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model, optimizer = start([0.01, 0.02, 0.03])
+    step(model, optimizer, model.layers[0].attn, model.layers[1])
+    saved = examples.distributed.state_of(
+        model, optimizer, json.dumps({"step": 1, "dropbp": backend_of().state_dict()})
+    )
+    dcp.save(saved, checkpoint_id=folder / "groups")
+    again, resumed = start([0.5, 0.5, 0.5])
+    assert examples.distributed.load(folder / "groups", again, resumed, backend_of()) == 1
+    assert [group["lr"] for group in resumed.param_groups] == [0.01, 0.02, 0.03]
+    for _ in range(2):
+        step(model, optimizer)
+        step(again, resumed)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(whole(one.detach()), whole(other.detach()), rtol=0, atol=0)
+
+
 FSDP2 = [
     a_compiled_model_that_is_sharded_whole,
     a_compiled_model_that_is_sharded_by_layers,
@@ -498,6 +536,7 @@ FSDP2 = [
     calibration_and_re_allocation_of_shards,
     groups_that_make_no_new_pattern_dear,
     clipped_shards,
+    groups_in_a_checkpoint,
 ]
 
 

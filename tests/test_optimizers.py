@@ -65,6 +65,15 @@ def assert_trains_equally(
         assert not torch.equal(parameter, model.get_parameter(name)), f"{name} was not trained"
 
 
+def bitsandbytes_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
+    """With moments in eight bits, however small the parameters are."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="eight-bit and paged optimizers need bitsandbytes")
+    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(
+        parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=1
+    )
+    return made
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
@@ -77,6 +86,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RAdam": lambda p: torch.optim.RAdam(p, lr=1e-2, weight_decay=0.1),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, weight_decay=0.1),
+    "AdamW, 8 bits": lambda p: bitsandbytes_optimizer("AdamW8bit", p),
+    "AdamW, 8 bits, paged": lambda p: bitsandbytes_optimizer("PagedAdamW8bit", p),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
 }
 

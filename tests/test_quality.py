@@ -148,6 +148,12 @@ def test_skipped_layers_keep_the_mean_and_the_share(workshop: Workshop, progress
     assert (calls == 80) == progressive  # which begins with all layers
 
 
+def test_a_smaller_batch_is_a_part_of_the_batch(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "smaller batch")
+    ids = torch.cat([ids_of(workshop, 0), ids_of(workshop, 1)])
+    torch.testing.assert_close(attempt.training_loss(ids), model(ids[:2]))
+
+
 def test_selective_steps_are_on_the_hardest_windows(workshop: Workshop) -> None:
     model, attempt = attempt_of(workshop, "selective")
     ids = torch.cat([ids_of(workshop, 0), ids_of(workshop, 1)])
@@ -159,25 +165,35 @@ def test_selective_steps_are_on_the_hardest_windows(workshop: Workshop) -> None:
         torch.testing.assert_close(mine.grad, other.grad)
 
 
-def test_coasting_steps_along_the_first_moment_and_scaling_lifts_the_layers_rate(workshop: Workshop) -> None:
+def test_coasting_takes_the_step_that_adamw_would_take_if_its_moments_stayed(workshop: Workshop) -> None:
     model, attempt = attempt_of(workshop, "window, coasting")
-    optimizer = torch.optim.AdamW(attempt.groups(), lr=1e-3)
-    missing = 0
+    optimizer = torch.optim.AdamW(attempt.groups(), lr=1e-3, weight_decay=0.0)
+    coasted = 0
     for step in range(4):
         attempt.training_loss(ids_of(workshop, step)).backward()
-        before = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state}
-        absent = [p for p in model.layers.parameters() if p.grad is None]
+        before = {p: p.detach().clone() for p in model.layers.parameters() if p.grad is None}
         attempt.before_update(optimizer)
-        for p in absent:
-            assert (p.grad is None) == (p not in before)
-            if p.grad is not None:
-                torch.testing.assert_close(p.grad, before[p])
-                missing += 1
+        for p, value in before.items():
+            assert p.grad is None
+            if p in optimizer.state:
+                state, twin = optimizer.state[p], value.clone().requires_grad_()
+                twin.grad = torch.zeros_like(twin)  # with moments that a zero gradient would turn into the present ones
+                other = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0, betas=optimizer.defaults["betas"])
+                beta1, beta2 = optimizer.defaults["betas"]
+                moments = {"exp_avg": state["exp_avg"] / beta1, "exp_avg_sq": state["exp_avg_sq"] / beta2}
+                other.state[twin] = {"step": state["step"] - 1, **moments}
+                other.step()
+                torch.testing.assert_close(p.detach(), twin.detach())
+                coasted += not torch.equal(p, value)
+            else:
+                assert torch.equal(p, value)
         optimizer.step()
         optimizer.zero_grad()
-    assert missing
+    assert coasted
 
-    model, attempt = attempt_of(workshop, "window, scaled")
+
+def test_scaling_lifts_the_layers_rate(workshop: Workshop) -> None:
+    _, attempt = attempt_of(workshop, "window, scaled")
     optimizer = torch.optim.AdamW(attempt.groups(), lr=1e-3)
     attempt.training_loss(ids_of(workshop)).backward()
     attempt.before_update(optimizer)

@@ -21,7 +21,7 @@ from benchmarks.measure import Record
 from benchmarks.models import Checkpointed, Decoder
 from benchmarks.quality.patterns import CyclicWindow, Held, Prefix, Sometimes, Windows
 from dropbp_fx import dropbp_backend
-from dropbp_fx.policy.patterns import RandomPattern, SuffixPattern, WindowPattern
+from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
 
 #: Gives a batch of the training data, for methods that look at gradients between two steps.
 NextBatch = Callable[[], Tensor]
@@ -108,7 +108,8 @@ class Engine(Attempt):
         calibrate_at: measure sensitivities at this share of the run, and allocate rates by them from then on.
         scale_power: multiply learning rates of the layers by (1 - rate) to the power of minus this, because they are
             updated less often.
-        coast: where a gradient was dropped, step in the direction of the first moment instead of not at all.
+        coast: where a gradient was dropped, step along AdamW's moments as they are times this to the power of how often
+            in succession it was dropped, instead of not at all. 0 does not.
         control: adjust the rate so that dropping adds this share to the variance that gradients have anyway, after VCAS
             (Wang et al., ICLR 2024), which does so for sampled rows.
     """
@@ -124,7 +125,7 @@ class Engine(Attempt):
         options: Callable[[], Mapping[str, Any]] = dict,
         calibrate_at: float | None = None,
         scale_power: float = 0.0,
-        coast: bool = False,
+        coast: float = 0.0,
         control: float | None = None,
     ) -> None:
         self.model, self.setting = model, setting
@@ -135,8 +136,10 @@ class Engine(Attempt):
         self.reusable = "allocation" not in chosen and control is None
         self._calibrated = False
         self._controlled: list[float] = []
+        self._missed: dict[Tensor, int] = {}
 
     def restart(self, seed: int) -> None:
+        self._missed.clear()
         state = self.backend.state_dict()
         for branch in state["branches"]:
             branch["times_seen"] = branch["times_dropped"] = 0
@@ -161,9 +164,27 @@ class Engine(Attempt):
             rate = min(sum(branch.rate for branch in self.backend.branches) / len(self.backend.branches), 0.9)
             optimizer.param_groups[0]["lr"] *= (1 - rate) ** -self._scale_power
         if self._coast:
-            for parameter in optimizer.param_groups[0]["params"]:
-                if parameter.grad is None and parameter in optimizer.state:
-                    parameter.grad = optimizer.state[parameter]["exp_avg"].clone()
+            self._step_along_moments(optimizer)
+
+    @torch.no_grad()
+    def _step_along_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        group = optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        alike: dict[tuple[float, int], list[Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                self._missed[parameter] = 0
+            elif parameter in optimizer.state:
+                self._missed[parameter] = self._missed.get(parameter, 0) + 1
+                key = float(optimizer.state[parameter]["step"]), self._missed[parameter]
+                alike.setdefault(key, []).append(parameter)
+        for (steps, missed), parameters in alike.items():
+            states = [optimizer.state[parameter] for parameter in parameters]
+            scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+            torch._foreach_div_(scales, (1 - beta2**steps) ** 0.5)
+            torch._foreach_add_(scales, group["eps"])
+            factor = -group["lr"] * self._coast**missed / (1 - beta1**steps)
+            torch._foreach_addcdiv_(parameters, [state["exp_avg"] for state in states], scales, value=factor)
 
     def compile_all(self) -> None:
         self.backend.warmup()
@@ -260,6 +281,16 @@ class Skipping(Attempt):
         return 1 - self.setting.rate  # but for the head
 
 
+class SmallerBatch(Attempt):
+    """1 - rate of the windows of each batch; where steps matter more than what they are taken on, a strong rival."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return self.run(ids[: max(round((1 - self.setting.rate) * len(ids)), 1)])
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        return 1 - self.setting.rate
+
+
 class Selective(Attempt):
     """A forward of the whole batch without gradients chooses the windows with the largest losses; the step is on these.
 
@@ -348,7 +379,7 @@ def methods() -> dict[str, Method]:
         ),
         "sometimes suffix": _engine(
             "all below a fixed depth (.9) in some steps, exact in all others",
-            options=lambda: {"pattern": Sometimes(SuffixPattern(), 0.9)},
+            options=lambda: {"pattern": Sometimes(Prefix(), 0.9)},
         ),
         "online": _engine(
             "random branches, rates by a running estimate of sensitivities",
@@ -366,8 +397,24 @@ def methods() -> dict[str, Method]:
         "window, ramp, scaled": _engine(
             "the same with a ramp", options={**window, "schedule": "ramp_up"}, scale_power=0.5
         ),
-        "window, coasting": _engine(
-            "a window; dropped parameters step along their first moment", options=window, coast=True
+        "random, coasting": _engine("random branches; dropped parameters step along their moments", coast=1.0),
+        "window, coasting": _engine("a window; dropped parameters step along their moments", options=window, coast=1.0),
+        "window, fading": _engine("the same, less the longer they are dropped", options=window, coast=0.8),
+        "window, ramp, coasting": _engine("the same with a ramp", options={**window, "schedule": "ramp_up"}, coast=1.0),
+        "suffix, coasting": _engine(
+            "everything below a random depth; what is dropped steps along its moments",
+            options={"pattern": "suffix"},
+            coast=1.0,
+        ),
+        "sometimes, coasting": _engine(
+            "a window of .9 in some steps, exact in others; what is dropped steps along its moments",
+            options=lambda: {"pattern": Sometimes(WindowPattern(), 0.9)},
+            coast=1.0,
+        ),
+        "sometimes suffix, coasting": _engine(
+            "all below a depth (.9) in some steps, exact in others; what is dropped steps along its moments",
+            options=lambda: {"pattern": Sometimes(Prefix(), 0.9)},
+            coast=1.0,
         ),
         "window, controlled": _engine(
             "a window whose rate keeps the added variance at a quarter", options=window, control=0.25
@@ -386,5 +433,6 @@ def methods() -> dict[str, Method]:
             lambda model, setting: Skipping(model, setting, progressive=True),
             "layers are skipped, more and more (Zhang and He, 2020)",
         ),
+        "smaller batch": Method(SmallerBatch, "exact steps on a part of each batch"),
         "selective": Method(Selective, "a step on the windows of largest loss (Jiang et al., 2019)"),
     }
