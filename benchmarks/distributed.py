@@ -23,7 +23,7 @@ from benchmarks.suites import SUITES, shape_of
 
 _CONTESTANTS = {
     "ddp": ("torch.compile", "dropbp_fx", "dropbp_fx, present gradients"),
-    "fsdp2": ("torch.compile", "dropbp_fx"),
+    "fsdp2": ("torch.compile", "dropbp_fx", "dropbp_fx, needed gathers"),
 }
 _MEASUREMENTS = ("steps", "losses", "patterns", "failures")
 #: Sequences of this length are enough to see which branches are dropped.

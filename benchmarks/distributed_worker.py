@@ -30,7 +30,7 @@ from benchmarks.measure import Record, Request, TrainingRun, conditions, error_t
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, parameter_groups
+from dropbp_fx.distributed import all_reduce_present, parameter_groups, skip_unneeded_gathers
 
 #: Ranks that wait this long for one another are not going to meet: one of them has failed.
 _TIMEOUT = datetime.timedelta(seconds=240)
@@ -194,6 +194,8 @@ def _fsdp2(run: DistributedRun) -> Training:
     for layer in run.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(run.model, mesh=mesh, mp_policy=policy)
+    if run.request.contestant == "dropbp_fx, needed gathers":
+        skip_unneeded_gathers(run.model)
     return run.finished(run.model)
 
 

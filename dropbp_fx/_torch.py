@@ -699,6 +699,81 @@ def saved_tensor_hooks_are_set() -> bool:
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
 
 
+# ---- fully_shard -----------------------------------------------------------------------------------------------------
+
+
+def leave_out_unneeded_gathers(module: torch.nn.Module) -> int:
+    """Let the groups of parameters of ``module``, one that ``fully_shard`` took, gather for a backward only what it reads.
+
+    A forward's graph refers to what its backward needs: to a tensor that it saved, to the storage of a view of one, to the
+    node that accumulates a parameter's gradient. A group to whose parameters the forward has left no reference more than
+    there was before it is not gathered again, and other groups do not prefetch it.
+
+    Returns:
+        How many groups there are that did not do so before.
+    """
+    state = module._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)  # several since torch 2.12
+    if groups is None:
+        groups = [group for group in [state._fsdp_param_group] if group is not None]
+    new = [group for group in groups if not isinstance(getattr(group, "dropbp_gathers", None), _Gathers)]
+    for group in new:
+        group.dropbp_gathers = _Gathers(group)
+    return len(new)
+
+
+class _Gathers:
+    """Stands between a group of sharded parameters and the hooks of its module."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._needed: list[bool] = []  # for each forward that waits for its backward
+        self._before: list[tuple[int, int]] = []
+        for name in ("pre_forward", "post_forward", "pre_backward", "finalize_backward"):
+            setattr(self, f"_{name}", getattr(group, name))
+            setattr(group, name, getattr(self, name))
+
+    def pre_forward(self, *arguments: Any, **named: Any) -> Any:
+        found = self._pre_forward(*arguments, **named)  # type: ignore[attr-defined]
+        self._before = self._references()
+        return found
+
+    def post_forward(self, *arguments: Any, **named: Any) -> Any:
+        group = self._group
+        records = len(group._post_forward_indices)
+        found = self._post_forward(*arguments, **named)  # type: ignore[attr-defined]
+        if len(group._post_forward_indices) == records or not torch.is_grad_enabled():
+            return found  # a checkpoint's recomputation, or no backward will follow
+        # Under hooks on saved tensors the graph refers to what the hooks made of them.
+        needed = not group.is_sharded or saved_tensor_hooks_are_set() or self._references() != self._before
+        self._needed.append(needed)
+        if not needed:
+            group._post_forward_indices.pop()
+            group.comm_ctx.post_forward_order.pop()
+        return found
+
+    def pre_backward(self, *arguments: Any, **named: Any) -> Any:
+        group = self._group
+        state = type(group._training_state).PRE_BACKWARD
+        # Of several forwards it is not known which one's backward this is.
+        if self._needed and not any(self._needed) and group._training_state != state:
+            self._needed.pop()
+            group._training_state = state
+            return None
+        if self._needed and group._training_state != state:
+            self._needed.pop()
+        return self._pre_backward(*arguments, **named)  # type: ignore[attr-defined]
+
+    def finalize_backward(self, *arguments: Any, **named: Any) -> Any:
+        self._needed.clear()
+        return self._finalize_backward(*arguments, **named)  # type: ignore[attr-defined]
+
+    def _references(self) -> list[tuple[int, int]]:
+        """For each parameter how many references there are to it and to its storage, those of Python counting once."""
+        whole = [p._unsharded_param for p in self._group.fsdp_params if hasattr(p, "_unsharded_param")]
+        return [(p._use_count(), torch._C._storage_Use_Count(p.untyped_storage()._cdata)) for p in whole]
+
+
 @dataclasses.dataclass(frozen=True)
 class CheckpointCall:
     """One non-reentrant ``torch.utils.checkpoint`` that is running, or running again inside a backward.
@@ -793,6 +868,8 @@ _HOOKS = (
     ("torch.utils._python_dispatch", "_disable_current_modes"),
     ("torch._C", "_current_graph_task_id"),
     ("torch._C._autograd", "_top_saved_tensors_default_hooks"),
+    ("torch._C", "_storage_Use_Count"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"),
     ("torch.utils.checkpoint", "_checkpoint_hook"),
     ("torch.utils.checkpoint", "_recomputation_hook"),
     ("functorch.compile", "min_cut_rematerialization_partition"),

@@ -77,6 +77,43 @@ def gathered_parameters(model: nn.Module, *, reshard_after_forward: bool = True)
             part.set_reshard_after_backward(True, recurse=False)
 
 
+def skip_unneeded_gathers(model: nn.Module) -> None:
+    """Let ``fully_shard`` gather parameters for the backward only where the backward reads them.
+
+    FSDP2 frees a layer's parameters after its forward and gathers them again for its backward, whatever that does. The
+    backward of a layer all of whose branches are dropped reads none of them. Whether a forward's graph refers to a group's
+    parameters is looked up after each forward, so this takes nothing for granted about models or patterns; gradients,
+    and which of them are ``None``, are the same with and without it.
+
+    Usage::
+
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        skip_unneeded_gathers(model)
+
+    What it cannot see is an activation checkpoint in eager code *inside* of a layer whose parameters are frozen: its
+    recomputation then meets sharded parameters, which is an error. Checkpoints around whole layers, and those inside of
+    compiled code, are fine.
+
+    Args:
+        model: sharded by ``fully_shard``, whole or in parts. Calling this twice does nothing more.
+
+    Raises:
+        ValueError: no part of the model is sharded by ``fully_shard``.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    if not parts:
+        raise ValueError(
+            f"No part of this {type(model).__name__} is sharded by fully_shard, so there are no gathers to skip. Call "
+            "skip_unneeded_gathers(model) after fully_shard."
+        )
+    for part in parts:
+        _torch.leave_out_unneeded_gathers(part)
+
+
 def parameter_groups(model: nn.Module, layers: Iterable[nn.Module]) -> list[dict[str, list[nn.Parameter]]]:
     """Groups for an optimizer, one a layer and one of all other parameters, for models under ``fully_shard``.
 

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, parameter_groups
+from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, parameter_groups, skip_unneeded_gathers
 
 
 class Block(nn.Module):
@@ -106,6 +106,7 @@ def distribute(model: Model, engine: str) -> nn.Module:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    skip_unneeded_gathers(model)  # optional: the backward of a layer that was dropped whole reads no parameters
     return model
 
 

@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import examples.distributed
 from benchmarks import distributed
@@ -48,7 +49,13 @@ from benchmarks.models import Llama
 from benchmarks.results import load
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, gathered_parameters, parameter_groups
+from dropbp_fx.distributed import (
+    all_reduce_present,
+    clip_grad_norm_,
+    gathered_parameters,
+    parameter_groups,
+    skip_unneeded_gathers,
+)
 from tests.oracle import detached
 
 WORLD = 2
@@ -91,11 +98,12 @@ class Model(nn.Module):
         self.embed = nn.Linear(4, width)
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
         self.head = nn.Linear(width, 2)
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for layer in self.layers:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.recomputes else layer(x)
         return self.head(x)
 
 
@@ -411,6 +419,100 @@ def only_present_gradients_are_sent(rank: int, folder: Path) -> None:
     assert present <= sum(sent) < 1.1 * present < 0.9 * everything  # shards are padded to equal sizes
 
 
+def gathers_of(act: Callable[[], Any]) -> int:
+    """How often parameters are gathered meanwhile."""
+    count = 0
+    with contextlib.ExitStack() as stack:
+        for name in ("all_gather_into_tensor", "all_gather_single"):  # by release
+            if hasattr(dist, name):
+                collective = getattr(dist, name)
+
+                def counted(*arguments: Any, collective: Any = collective, **named: Any) -> Any:
+                    nonlocal count
+                    count += 1
+                    return collective(*arguments, **named)
+
+                stack.enter_context(mock.patch.object(dist, name, counted))
+        act()
+    return count
+
+
+def a_backward_gathers_what_it_reads(rank: int, folder: Path) -> None:
+    """Layers compiled one by one, the model compiled whole, and frozen layers with trained ones below them."""
+    for kind in ("blocks", "whole", "frozen"):
+        torch._dynamo.reset()
+        model, backend = Model(layers=4), backend_of(granularity="layer")
+        oracle = Model(layers=4)
+        if kind == "frozen":
+            for each in (model, oracle):
+                each.layers[2].requires_grad_(False)
+        backend.register(model)
+        if kind != "whole":
+            for layer in model.layers:
+                layer.compile(backend=backend)
+        else:
+            model.compile(backend=backend)
+        sharded(model)
+        skip_unneeded_gathers(model)
+        skip_unneeded_gathers(model)
+        loss_of(model, batch_of(rank, 0)).backward()
+        model.zero_grad()
+        for pattern in ([], [0, 1], [2, 3, 6, 7], [0, 1, 4, 5, 6, 7], [1, 2]):
+            with backend.pinned(pattern):
+                loss = loss_of(model, batch_of(rank, 1))
+            count = gathers_of(loss.backward)
+            whole_layers = sum({2 * layer, 2 * layer + 1} <= set(pattern) for layer in range(4))
+            assert count == 4 - whole_layers, (kind, pattern, count)
+            dropped = [path_of(backend.branches[index].name) for index in pattern]
+            with detached(oracle, dropped):
+                (sum(loss_of(oracle, batch_of(other, 1)) for other in range(WORLD)) / WORLD).backward()
+            compare(model, oracle, what=f"{kind}, {pattern} dropped", tolerance=1e-5, some_missing=False)
+            model.zero_grad()
+            oracle.zero_grad()
+
+
+def gathers_of_several_forwards_and_checkpoints(rank: int, folder: Path) -> None:
+    """Two forwards before their backwards, in either order, a forward without one, and recomputed layers."""
+    model, backend = Model(layers=3), backend_of()
+    oracle = Model(layers=3)
+    for each in (model, oracle):
+        each.layers[1].requires_grad_(False)  # nothing but saved tensors refers to its parameters
+    backend.register(model)
+    for layer in model.layers:
+        layer.compile(backend=backend)
+    sharded(model)
+    skip_unneeded_gathers(model)
+
+    def forward(pattern: Sequence[int], step: int) -> Tensor:
+        with backend.pinned(pattern):
+            return loss_of(model, batch_of(rank, step))
+
+    def expected(pattern: Sequence[int], step: int) -> None:
+        with detached(oracle, [path_of(backend.branches[index].name) for index in pattern]):
+            (sum(loss_of(oracle, batch_of(other, step)) for other in range(WORLD)) / WORLD).backward()
+
+    loss_of(model, batch_of(rank, 0)).backward()
+    model.zero_grad()
+    for first, second in (([2, 3], []), ([], [2, 3]), ([0, 1, 2, 3], [2, 3])):
+        for order in (1, -1):
+            losses = [forward(first, 1), forward(second, 2)]
+            forward(second, 3)  # nothing comes of it
+            for loss in losses[::order]:
+                loss.backward()
+            expected(first, 1)
+            expected(second, 2)
+            compare(model, oracle, what=f"{first}, {second}, {order}", tolerance=1e-5, some_missing=False)
+            model.zero_grad()
+            oracle.zero_grad()
+
+    with torch.no_grad():
+        loss_of(model, batch_of(rank, 4))
+    model.recomputes = True
+    assert gathers_of(forward([2, 3], 5).backward) == 3  # a recomputation reads all parameters
+    expected([2, 3], 5)
+    compare(model, oracle, what="recomputed", tolerance=1e-5, some_missing=False)
+
+
 def calibration_and_re_allocation_of_shards(rank: int, folder: Path) -> None:
     """The measure is that of a model that is not sharded; observed forwards train like any other."""
     model, backend = Model(), backend_of(allocation="sensitivity", reallocate_every=5)
@@ -533,6 +635,8 @@ FSDP2 = [
     sharded_layers_that_are_compiled,
     mixed_precision,
     only_present_gradients_are_sent,
+    a_backward_gathers_what_it_reads,
+    gathers_of_several_forwards_and_checkpoints,
     calibration_and_re_allocation_of_shards,
     groups_that_make_no_new_pattern_dear,
     clipped_shards,
@@ -883,6 +987,13 @@ def test_agreement(tmp_path: Path) -> None:
 # ---- examples and the benchmark ------------------------------------------------------------------------------------
 
 
+def test_gathers_of_a_model_without_shards_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"No part of this Model is sharded by fully_shard.*Call skip_unneeded_gathers"
+    ):
+        skip_unneeded_gathers(Model())
+
+
 def test_the_examples_train_and_go_on(tmp_path: Path) -> None:
     small = ["--inner", "aot_eager", "--layers", "2", "--width", "8", "--log-every", "2"]
     runs = []
@@ -918,7 +1029,7 @@ def test_a_benchmark_whose_processes_fail_says_so(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     distributed.main(["tiny", "--engines", "fsdp2", "--measure", "steps", "--time-limit", "0", "--out", str(out)])
     (run,) = load(out)
-    assert [record["engine"] for record in run.records] == ["fsdp2", "fsdp2"]
+    assert [record["engine"] for record in run.records] == ["fsdp2"] * 3
     assert all("time limit was reached" in record["error"] for record in run.records)
 
 
