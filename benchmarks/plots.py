@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from benchmarks.results import Run
 #: Grey with a contrast of at least 3.9 on white and on near black.
 _INK = "#7d7d7d"
 #: Okabe and Ito's colours that stand out on both; ours is the first.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00", "#a0522d")
-_MARKERS = "osD^vPX*"
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00", "#a0522d", "#777777")
+_MARKERS = "osD^vPX*h"
 _LEFT_OUT = ("forward alone",)
 
 
@@ -45,8 +45,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             rows, columns, figsize=(5.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
         )
         axes = list(grid.flat)
+        styles = _styles(settings.values())
         for axis, (title, records) in zip(axes, settings.items(), strict=False):
-            _time_against_memory(axis, title, records)
+            _time_against_memory(axis, title, records, styles)
         if firsts:
             _bars(axes[panels - 1], firsts)
         for axis in axes[panels:]:
@@ -71,11 +72,20 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
     }
 
 
-def _time_against_memory(axis: Any, title: str, records: Sequence[Record]) -> None:
+def _styles(panels: Iterable[Sequence[Record]]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each contestant, the same in every panel."""
+    names = {record["contestant"] for records in panels for record in records}
+    ordered = sorted(names, key=lambda name: (name != "dropbp_fx", name != "torch.compile", name))
+    return dict(zip(ordered, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False), strict=False))
+
+
+def _time_against_memory(
+    axis: Any, title: str, records: Sequence[Record], styles: Mapping[str, tuple[str, str]]
+) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    names = sorted({record["contestant"] for record in records}, key=lambda name: (name != "dropbp_fx", name))
-    for name, colour, marker in zip(names, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False):
+    mine = {record["contestant"] for record in records}
+    for name, (colour, marker) in ((name, style) for name, style in styles.items() if name in mine):
         points = sorted(
             (record["activation_gib"], record["step_ms"], record["value"])
             for record in records
