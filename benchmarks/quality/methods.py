@@ -281,6 +281,63 @@ class Skipping(Attempt):
         return 1 - self.setting.rate  # but for the head
 
 
+class KeepRows(torch.autograd.Function):
+    """The identity, whose gradient keeps some tokens only: a share of the rows, those with the largest norms.
+
+    With ``sampled``, rows are drawn with chances in proportion to their norms and scaled by one over these instead, so that
+    the gradient stays unbiased (importance sampling, as in VCAS).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, sampled: bool) -> Tensor:
+        ctx.share, ctx.sampled = share, sampled
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        norms = grad.flatten(0, -2).float().norm(dim=-1)
+        count = max(round(ctx.share * len(norms)), 1)
+        if ctx.sampled:
+            chances = norms
+            for _ in range(4):  # what would exceed one is given to the others
+                scale = (count - (chances >= 1).sum()) / chances.masked_fill(chances >= 1, 0).sum().clamp_min(1e-30)
+                chances = torch.where(chances >= 1, 1.0, chances * scale).clamp(max=1)
+            weights = (torch.rand_like(chances) < chances) / chances.clamp_min(1e-6)
+        else:
+            weights = torch.zeros_like(norms)
+            weights[norms.topk(count).indices] = 1
+        return grad * weights.view(*grad.shape[:-1], 1).to(grad.dtype), None, None
+
+
+class Tokens(Attempt):
+    """Every branch's backward is over a share of the tokens only, 1 - rate of them.
+
+    Which ones is decided by the gradient that arrives at the branch, and for keys and values, to which kept tokens send
+    gradients, by theirs. This computes with zeros what code that leaves rows out would not compute at all, so its times
+    say nothing and FLOPs stand for them.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, sampled: bool = False) -> None:
+        share = 1 - setting.rate
+
+        def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda *arguments: KeepRows.apply(function(*arguments), share, sampled)
+
+        for layer in model.layers:
+            for name in ("attention", "feed_forward"):
+                setattr(layer, name, keeping(getattr(layer, name)))
+            for linear in (layer.k, layer.v):
+                linear.forward = keeping(linear.forward)  # type: ignore[method-assign]
+        super().__init__(model, setting)
+        self.run = model  # zeros would not be worth compiling
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
+        linear = [p for p in self.model.layers.parameters() if p.dim() == 2]
+        passes = sum(2 * tokens * p.numel() * (2 if p.requires_grad else 1) for p in linear)
+        return 1 - self.setting.rate * passes / whole
+
+
 class SmallerBatch(Attempt):
     """1 - rate of the windows of each batch; where steps matter more than what they are taken on, a strong rival."""
 
@@ -432,6 +489,11 @@ def methods() -> dict[str, Method]:
         "PLD": Method(
             lambda model, setting: Skipping(model, setting, progressive=True),
             "layers are skipped, more and more (Zhang and He, 2020)",
+        ),
+        "top tokens": Method(Tokens, "every branch's backward is over the tokens with the largest gradients"),
+        "sampled tokens": Method(
+            lambda model, setting: Tokens(model, setting, sampled=True),
+            "the same, drawn in proportion to them and scaled: unbiased",
         ),
         "smaller batch": Method(SmallerBatch, "exact steps on a part of each batch"),
         "selective": Method(Selective, "a step on the windows of largest loss (Jiang et al., 2019)"),
