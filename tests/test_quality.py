@@ -346,6 +346,7 @@ def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> N
     assert (none.loss, none.time, none.memory) == (2.0, 1.0, 1.0)
     assert (window.lr, window.losses, window.time, window.memory) == (2.0, (2.2, 2.4), 0.7, 0.25)
     assert window.spread == pytest.approx(0.1414, abs=1e-3)
+    assert results(records, by_flops=True)[1].time == 0.6
     assert results([{**record, "activation_gib": 0.0} for record in records if "error" not in record])[1].time == 0.6
 
 
@@ -363,5 +364,7 @@ def test_the_command_writes_records_and_prints_gaps(
     assert "none, 50% of the steps" in printed
     main(["quality", "--report", str(out)])
     assert capsys.readouterr().out.strip() == printed.strip()
+    main(["quality", "--list"])
+    assert "DropBP as published" in capsys.readouterr().out
     main([*common, "--tunings", "full", "--shifts", "mild", "--contestants", "window", "--statistics", "--steps", "2"])
     assert "added variance" in capsys.readouterr().out

@@ -47,13 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistics", action="store_true", help="bias and variance of gradients, instead of trainings"
     )
+    parser.add_argument("--by-flops", action="store_true", help="in the tables, let FLOPs stand for time")
+    parser.add_argument("--list", action="store_true", help="only print what the contestants are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
 
 
 def main(chosen: argparse.Namespace) -> None:
     """Run what was asked for and print the tables."""
+    if chosen.list:
+        print(report.contestants())
+        return
     if chosen.report:
-        report.show([record for path in chosen.report for one in load(path) for record in one.records])
+        records = [record for path in chosen.report for one in load(path) for record in one.records]
+        report.show(records, by_flops=chosen.by_flops)
         return
     clock = Clock(chosen.time_limit)
     file = ResultsFile(chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append)
@@ -82,7 +88,7 @@ def main(chosen: argparse.Namespace) -> None:
                 break
         if clock.left() == 0:
             break
-    report.show(file.run.records)
+    report.show(file.run.records, by_flops=chosen.by_flops)
 
 
 def _plans(chosen: argparse.Namespace, task: Task) -> Iterator[Plan]:

@@ -19,8 +19,7 @@ class Result:
 
     Attributes:
         losses: held-out losses, one a seed.
-        time: of a run, as a share of that of "none" with all steps: measured on a GPU, by FLOPs on a CPU, whose small models
-            are limited by the host.
+        time: of a run, as a share of that of "none" with all steps: measured, or by FLOPs.
         memory: peak of a step above what was held before it, as a share of that of "none"; ``None`` on a CPU.
     """
 
@@ -51,10 +50,10 @@ class Frontier:
         self._curve = PchipInterpolator(self._times, self._losses) if len(points) > 1 else None
 
     def loss(self, time: float) -> float | None:
-        """The loss reached in a time, ``None`` where that lies outside of the measured ones."""
-        if self._curve is None or not self._times[0] <= time <= self._times[-1] * 1.02:
+        """The loss reached in a time, ``None`` where that lies outside of the measured ones (by more than 2 %)."""
+        if self._curve is None or not 0.98 * self._times[0] <= time <= 1.02 * self._times[-1]:
             return None
-        return float(self._curve(min(time, self._times[-1])))
+        return float(self._curve(min(max(time, self._times[0]), self._times[-1])))
 
     def time(self, loss: float) -> float | None:
         """The shortest time in which a loss is reached, ``None`` where it is not reached or lies beyond."""
@@ -66,8 +65,13 @@ class Frontier:
         return float(brentq(lambda time: self._curve(time) - loss, self._times[below - 1], self._times[below]))
 
 
-def results(records: Sequence[Record]) -> list[Result]:
-    """Of one task: for each contestant the runs at the learning rate that was best with the first seed."""
+def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result]:
+    """Of one task: for each contestant the runs at the learning rate that was best with the first seed.
+
+    Args:
+        records: of any kind; those of trainings count.
+        by_flops: let FLOPs stand for time. On a CPU, whose small models are limited by the host, they always do.
+    """
     good = [record for record in records if record["measurement"] == "quality" and "error" not in record]
     baseline = [r for r in good if r["contestant"] == "none" and r["share"] == 1.0]
     if not baseline:
@@ -83,7 +87,7 @@ def results(records: Sequence[Record]) -> list[Result]:
             continue
         first = min(tuning, key=lambda r: r["eval_loss"])
         best = [r for r in mine if r["lr"] == first["lr"]]
-        if memory:
+        if memory and not by_flops:
             time = statistics.median(r["step_ms"] for r in best) / step_ms
         else:
             time = statistics.median(r["flops_share"] for r in best)

@@ -15,14 +15,14 @@ _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none",
             "time of none to this loss", "memory")  # fmt: skip
 
 
-def show(records: Sequence[Record]) -> None:
+def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
     """Print a table for each task."""
-    for task, rows in tables(records):
+    for task, rows in tables(records, by_flops=by_flops):
         print(f"\n{task}\n")
         print(tabulate(rows, _HEADERS, tablefmt="github", floatfmt=".3f"))
 
 
-def tables(records: Sequence[Record]) -> Iterator[tuple[str, list[list[object]]]]:
+def tables(records: Sequence[Record], *, by_flops: bool = False) -> Iterator[tuple[str, list[list[object]]]]:
     """For each task its name and rows under ``_HEADERS``.
 
     "same time, none": what "none" reaches in the contestant's time. "checkpointed": what it reaches if each of its
@@ -30,7 +30,7 @@ def tables(records: Sequence[Record]) -> Iterator[tuple[str, list[list[object]]]
     """
     for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
         mine = [record for record in records if record["task"] == task]
-        found = results(mine)
+        found = results(mine, by_flops=by_flops)
         if not found:
             continue
         frontier = Frontier(result for result in found if result.contestant == "none")
