@@ -16,10 +16,13 @@ from torch import Tensor
 from benchmarks.__main__ import main
 from benchmarks.models import Decoder
 from benchmarks.quality import corpora, statistics
+from benchmarks.quality.attempts import Attempt, Setting
 from benchmarks.quality.corpora import Batches
+from benchmarks.quality.dropping import Engine
 from benchmarks.quality.frontier import Frontier, Result, results
-from benchmarks.quality.methods import Attempt, Engine, Setting, Skipping, methods
+from benchmarks.quality.methods import methods
 from benchmarks.quality.patterns import CyclicWindow, Held, Prefix, Sometimes, Windows
+from benchmarks.quality.rivals import KeepRows, Skipping
 from benchmarks.quality.tasks import Task, Workshop
 from benchmarks.quality.training import Plan, run
 from benchmarks.results import load
@@ -146,6 +149,27 @@ def test_skipped_layers_keep_the_mean_and_the_share(workshop: Workshop, progress
         for _ in range(20):
             attempt.loss(ids_of(workshop))
     assert (calls == 80) == progressive  # which begins with all layers
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_kept_rows_are_the_largest_or_an_unbiased_sample(sampled: bool) -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(4, 10, 8) * torch.logspace(-1, 1, 40).view(4, 10, 1)
+    total = torch.zeros_like(grad)
+    for _ in range(2000 if sampled else 1):
+        x = torch.zeros_like(grad, requires_grad=True)
+        KeepRows.apply(x, 0.25, sampled).backward(grad)
+        assert x.grad is not None
+        total += x.grad
+    if sampled:
+        error = (total / 2000 - grad).norm() / grad.norm()
+        assert error < 0.05
+        assert int(x.grad.any(-1).sum()) < 20
+    else:
+        kept = total.any(-1)
+        assert int(kept.sum()) == 10
+        assert torch.equal(total[kept], grad[kept])
+        assert grad[kept].norm(dim=-1).min() >= grad[~kept].norm(dim=-1).max()
 
 
 def test_a_smaller_batch_is_a_part_of_the_batch(workshop: Workshop) -> None:

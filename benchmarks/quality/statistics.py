@@ -11,7 +11,9 @@ from torch import Tensor
 
 from benchmarks.measure import Record, error_text
 from benchmarks.models import Decoder
-from benchmarks.quality.methods import Engine, Setting, methods
+from benchmarks.quality.attempts import Setting
+from benchmarks.quality.dropping import Engine
+from benchmarks.quality.methods import methods
 from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
 
 _ASIDE = 104729

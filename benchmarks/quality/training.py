@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.measure import Record, error_text, peak, reset_peak, synchronize
 from benchmarks.models import Decoder
-from benchmarks.quality.methods import Attempt, Setting, methods, step_flops
+from benchmarks.quality.attempts import Attempt, Setting, step_flops
+from benchmarks.quality.methods import methods
 from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
 
 #: Steps that are not timed, as a share of the run: the first ones warm up.

@@ -1,0 +1,165 @@
+"""Other ways to spend less on a step: small implementations of what others published, and of what is obvious."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import Decoder
+from benchmarks.quality.attempts import Attempt, NextBatch, Setting
+
+
+class Freezing(Attempt):
+    """The lowest layers, as many as the rate says, and the embedding below them are not trained at all."""
+
+    def __init__(self, model: Decoder, setting: Setting) -> None:
+        frozen = round(setting.rate * len(model.layers))
+        model.layers[:frozen].requires_grad_(False)
+        if frozen:
+            for name, parameter in model.named_parameters(recurse=False):
+                if name in ("embedding", "positions"):
+                    parameter.requires_grad_(False)
+        super().__init__(model, setting)
+
+
+class Skipping(Attempt):
+    """Layers are skipped in forward and backward, more often the later they come; those that run are scaled up for it.
+
+    The mean share of skipped layers is the rate. With ``progressive`` it builds up as in progressive layer dropping
+    (Zhang and He, NeurIPS 2020: theta(t) = (1 - theta) exp(-gamma t) + theta, gamma T = 100); without, this is stochastic
+    depth with linear decay (Huang et al., ECCV 2016).
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, progressive: bool) -> None:
+        self.model, self.setting, self._progressive = model, setting, progressive
+        kind = type(model.layers[0])
+        self._attention, self._feed_forward, self._head = (
+            torch.compile(function, backend=setting.inner, dynamic=False)
+            for function in (kind.attention, kind.feed_forward, type(model).loss)
+        )
+        self._progress, self._rng = 0.0, random.Random(0)
+
+    def restart(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def before_step(self, progress: float, next_batch: NextBatch) -> None:
+        self._progress = progress
+
+    def loss(self, ids: Tensor) -> Tensor:
+        last = max(1 - 2 * self.setting.rate, 0.0)  # of the last layer, so that the mean is 1 - rate
+        if self._progressive:
+            last += (1 - last) * math.exp(-100 * self._progress)
+        x = self.model.embed(ids)
+        count = len(self.model.layers)
+        chances = [1 - (index + 0.5) / count * (1 - last) for index in range(count)]
+        # The first layer is the most likely one; without any layer there would be nothing to train.
+        kept = [index for index, keep in enumerate(chances) if self._rng.random() < keep] or [0]
+        for index in kept:
+            layer, keep = self.model.layers[index], chances[index]
+            x = x + self._attention(layer, x, *self.model.context()) / keep
+            x = x + self._feed_forward(layer, x) / keep
+        return self._head(self.model, x, ids)
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        return 1 - self.setting.rate  # but for the head
+
+
+class KeepRows(torch.autograd.Function):
+    """The identity, whose gradient keeps some tokens only: a share of the rows, those with the largest norms.
+
+    With ``sampled``, rows are drawn with chances in proportion to their norms and scaled by one over these instead, so that
+    the gradient stays unbiased (importance sampling, as in VCAS).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, sampled: bool) -> Tensor:
+        ctx.share, ctx.sampled = share, sampled
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        norms = grad.flatten(0, -2).float().norm(dim=-1)
+        count = max(round(ctx.share * len(norms)), 1)
+        if ctx.sampled:
+            chances = norms
+            for _ in range(4):  # what would exceed one is given to the others
+                scale = (count - (chances >= 1).sum()) / chances.masked_fill(chances >= 1, 0).sum().clamp_min(1e-30)
+                chances = torch.where(chances >= 1, 1.0, chances * scale).clamp(max=1)
+            weights = (torch.rand_like(chances) < chances) / chances.clamp_min(1e-6)
+        else:
+            weights = torch.zeros_like(norms)
+            weights[norms.topk(count).indices] = 1
+        return grad * weights.view(*grad.shape[:-1], 1).to(grad.dtype), None, None
+
+
+class Tokens(Attempt):
+    """Every branch's backward is over a share of the tokens only, 1 - rate of them.
+
+    Which ones is decided by the gradient that arrives at the branch, and for keys and values, to which kept tokens send
+    gradients, by theirs. This computes with zeros what code that leaves rows out would not compute at all, so its times
+    say nothing and FLOPs stand for them.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, sampled: bool = False) -> None:
+        share = 1 - setting.rate
+
+        def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda *arguments: KeepRows.apply(function(*arguments), share, sampled)
+
+        for layer in model.layers:
+            for name in ("attention", "feed_forward"):
+                setattr(layer, name, keeping(getattr(layer, name)))
+            for linear in (layer.k, layer.v):
+                linear.forward = keeping(linear.forward)  # type: ignore[method-assign]
+        super().__init__(model, setting)
+        self.run = model  # zeros would not be worth compiling
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        tokens = ids.shape[0] * (ids.shape[1] - 1)
+        linear = [p for p in self.model.layers.parameters() if p.dim() == 2]
+        passes = sum(2 * tokens * p.numel() * (2 if p.requires_grad else 1) for p in linear)
+        return 1 - self.setting.rate * passes / whole
+
+
+class SmallerBatch(Attempt):
+    """1 - rate of the windows of each batch; where steps matter more than what they are taken on, a strong rival."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return self.run(ids[: max(round((1 - self.setting.rate) * len(ids)), 1)])
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        return 1 - self.setting.rate
+
+
+class Selective(Attempt):
+    """A forward of the whole batch without gradients chooses the windows with the largest losses; the step is on these.
+
+    After Jiang et al. (Accelerating deep learning by focusing on the biggest losers, 2019); 1 - rate of the windows stay.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting) -> None:
+        super().__init__(model, setting)
+        self._losses = torch.compile(_losses_by_window, backend=setting.inner, dynamic=False)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        keep = max(round((1 - self.setting.rate) * len(ids)), 1)
+        with torch.no_grad():
+            chosen = self._losses(self.model, ids).topk(keep).indices
+        return self.run(ids[chosen])
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        return 1 / 3 + 1 - self.setting.rate
+
+
+def _losses_by_window(model: Decoder, ids: Tensor) -> Tensor:
+    x = model.embed(ids)
+    for layer in model.layers:
+        x = layer(x, *model.context())
+    x, weight = model.head(x)
+    logits = nn.functional.linear(x, weight).float()
+    return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
