@@ -86,10 +86,12 @@ class KeepRows(torch.autograd.Function):
         norms = grad.flatten(0, -2).float().norm(dim=-1)
         count = max(round(ctx.share * len(norms)), 1)
         if ctx.sampled:
-            chances = norms
+            chances = (norms * count / norms.sum().clamp_min(1e-30)).clamp(max=1)
             for _ in range(4):  # what would exceed one is given to the others
-                scale = (count - (chances >= 1).sum()) / chances.masked_fill(chances >= 1, 0).sum().clamp_min(1e-30)
-                chances = torch.where(chances >= 1, 1.0, chances * scale).clamp(max=1)
+                certain = chances >= 1
+                others = chances.masked_fill(certain, 0)
+                scale = (count - certain.sum()).clamp_min(0) / others.sum().clamp_min(1e-30)
+                chances = torch.where(certain, 1.0, others * scale).clamp(max=1)
             weights = (torch.rand_like(chances) < chances) / chances.clamp_min(1e-6)
         else:
             weights = torch.zeros_like(norms)
