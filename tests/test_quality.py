@@ -94,13 +94,16 @@ def test_batches_show_every_window_once_an_epoch_in_an_order_of_the_seed() -> No
 # ---- contestants -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["none", "checkpointing"])
+@pytest.mark.parametrize("name", ["none", "checkpointing", "accumulation"])
 def test_exact_contestants_have_exact_gradients(workshop: Workshop, name: str) -> None:
     model, attempt = attempt_of(workshop, name)
     ids = ids_of(workshop)
-    attempt.training_loss(ids).backward()
+    loss = attempt.training_loss(ids)
+    loss.backward()
     reference = workshop.model(TASK)
-    reference(ids).backward()
+    expected = reference(ids)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
     for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
 

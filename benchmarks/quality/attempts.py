@@ -90,3 +90,19 @@ class Checkpointing(Attempt):
         wrapped._modules = dict(model._modules)
         wrapped.layers = nn.ModuleList(Checkpointed(layer) for layer in model.layers)
         super().__init__(wrapped, setting)
+
+
+class Accumulation(Attempt):
+    """The batch in pieces, one after the other: exact gradients, and the activations of a piece at a time.
+
+    The rate is the share of the batch that waits meanwhile.
+    """
+
+    def training_loss(self, ids: Tensor) -> Tensor:
+        pieces = ids.chunk(round(1 / (1 - self.setting.rate)))
+        losses = []
+        for piece in pieces[:-1]:
+            loss = super().training_loss(piece) * (len(piece) / len(ids))
+            loss.backward()
+            losses.append(loss.detach())
+        return super().training_loss(pieces[-1]) * (len(pieces[-1]) / len(ids)) + sum(losses)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.processes import Clock
 from benchmarks.quality import report, statistics
-from benchmarks.quality.methods import methods
+from benchmarks.quality.methods import EXACT, methods
 from benchmarks.quality.tasks import SHIFTS, SIZES, TUNINGS, Task, Workshop
 from benchmarks.quality.training import Plan, before_tuning, run
 from benchmarks.results import ResultsFile, Run, load
@@ -96,7 +96,8 @@ def _plans(chosen: argparse.Namespace, task: Task) -> Iterator[Plan]:
     for name in chosen.contestants:
         if name == "none":
             yield from (Plan(name, 0.0, share, lrs, chosen.seeds) for share in chosen.shares)
-        elif name == "checkpointing":
-            yield Plan(name, 0.0, 0.1, lrs[:1], 1)  # its losses are those of "none": only its time is wanted
+        elif name in EXACT:  # only time and memory are wanted
+            rates = [0.0] if name == "checkpointing" else chosen.rates
+            yield from (Plan(name, rate, 0.1, lrs[:1], 1) for rate in rates)
         else:
             yield from (Plan(name, rate, 1.0, lrs, chosen.seeds) for rate in chosen.rates)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.models import Decoder
-from benchmarks.quality.attempts import Attempt, Checkpointing, Setting
+from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
 from benchmarks.quality.dropping import Engine
 from benchmarks.quality.patterns import CyclicWindow, Held, Prefix, Sometimes, Windows
 from benchmarks.quality.rivals import Freezing, Selective, Skipping, SmallerBatch, Tokens
@@ -27,6 +27,10 @@ class Method:
     about: str
 
 
+#: They compute what "none" computes, with less memory and in more time; their losses are those of "none".
+EXACT = ("checkpointing", "accumulation")
+
+
 def _engine(about: str, **arguments: Any) -> Method:
     options = arguments.pop("options", None) or {}
     make_options = options if callable(options) else lambda: options
@@ -39,6 +43,7 @@ def methods() -> dict[str, Method]:
     return {
         "none": Method(Attempt, "torch.compile, nothing dropped"),
         "checkpointing": Method(Checkpointing, "nothing dropped, every layer recomputed"),
+        "accumulation": Method(Accumulation, "nothing dropped, each batch in pieces"),
         # ---- the paper's
         "random": _engine("random branches, all at one rate: DropBP, uniform"),
         "sensitivity": _engine(

@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from benchmarks.measure import Record
 from benchmarks.quality.frontier import Frontier, Result, results
-from benchmarks.quality.methods import methods
+from benchmarks.quality.methods import EXACT, methods
 
 _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none", "gap", "same time, checkpointed", "gap",
             "time of none to this loss", "memory")  # fmt: skip
@@ -17,25 +17,31 @@ _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none",
 
 def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
     """Print a table for each task."""
-    for task, rows in tables(records, by_flops=by_flops):
+    for task, found in _results(records, by_flops=by_flops):
         print(f"\n{task}\n")
-        print(tabulate(rows, _HEADERS, tablefmt="github", floatfmt=".3f"))
+        print(tabulate(_rows(found), _HEADERS, tablefmt="github", floatfmt=".3f"))
+        for result in found:
+            if result.contestant in EXACT and result.memory is not None:
+                print(f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of "
+                      f"the time of none, and {result.memory:.3f} of the memory.")  # fmt: skip
 
 
-def tables(records: Sequence[Record], *, by_flops: bool = False) -> Iterator[tuple[str, list[list[object]]]]:
-    """For each task its name and rows under ``_HEADERS``.
+def _results(records: Sequence[Record], *, by_flops: bool) -> Iterator[tuple[str, list[Result]]]:
+    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
+        found = results([record for record in records if record["task"] == task], by_flops=by_flops)
+        if found:
+            yield task, found
+
+
+def _rows(found: Sequence[Result]) -> list[list[object]]:
+    """Rows under ``_HEADERS``.
 
     "same time, none": what "none" reaches in the contestant's time. "checkpointed": what it reaches if each of its
     steps takes as long as one whose layers are all recomputed.
     """
-    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
-        mine = [record for record in records if record["task"] == task]
-        found = results(mine, by_flops=by_flops)
-        if not found:
-            continue
-        frontier = Frontier(result for result in found if result.contestant == "none")
-        slower = _checkpointing(found)
-        yield task, [_row(result, frontier, slower) for result in found if result.contestant != "checkpointing"]
+    frontier = Frontier(result for result in found if result.contestant == "none")
+    slower = _checkpointing(found)
+    return [_row(result, frontier, slower) for result in found if result.contestant not in EXACT]
 
 
 def _checkpointing(found: Sequence[Result]) -> float | None:
