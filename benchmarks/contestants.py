@@ -99,13 +99,16 @@ def careful_no_grad(model: Decoder, inner: str) -> Training:
     return _by_hand(model, inner, no_grad=True)
 
 
+def compiled_parts(model: Decoder, inner: str) -> tuple[Callable[..., Tensor], ...]:
+    """Any layer's attention, any layer's MLP, and the head with the loss, each compiled once."""
+    kind = type(model.layers[0])
+    functions = (kind.attention, kind.feed_forward, type(model).loss)
+    return tuple(torch.compile(function, backend=inner, dynamic=False) for function in functions)
+
+
 def _by_hand(model: Decoder, inner: str, *, no_grad: bool) -> Training:
     patterns = Patterns(2 * len(model.layers))
-    kind = type(model.layers[0])
-    attention, feed_forward, head = (
-        torch.compile(function, backend=inner, dynamic=False)
-        for function in (kind.attention, kind.feed_forward, type(model).loss)
-    )
+    attention, feed_forward, head = compiled_parts(model, inner)
 
     def branch(function: Callable[..., Tensor], dropped: bool, *arguments: object) -> Tensor:
         if not dropped:

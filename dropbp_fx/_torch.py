@@ -702,24 +702,20 @@ def saved_tensor_hooks_are_set() -> bool:
 # ---- fully_shard -----------------------------------------------------------------------------------------------------
 
 
-def leave_out_unneeded_gathers(module: torch.nn.Module) -> int:
+def leave_out_unneeded_gathers(module: torch.nn.Module) -> None:
     """Let the groups of parameters of ``module``, one that ``fully_shard`` took, gather for a backward only what it reads.
 
     A forward's graph refers to what its backward needs: to a tensor that it saved, to the storage of a view of one, to the
     node that accumulates a parameter's gradient. A group to whose parameters the forward has left no reference more than
     there was before it is not gathered again, and other groups do not prefetch it.
-
-    Returns:
-        How many groups there are that did not do so before.
     """
     state = module._get_fsdp_state()  # type: ignore[operator]
     groups = getattr(state, "_fsdp_param_groups", None)  # several since torch 2.12
     if groups is None:
         groups = [group for group in [state._fsdp_param_group] if group is not None]
-    new = [group for group in groups if not isinstance(getattr(group, "dropbp_gathers", None), _Gathers)]
-    for group in new:
-        group.dropbp_gathers = _Gathers(group)
-    return len(new)
+    for group in groups:
+        if not hasattr(group, "dropbp_gathers"):
+            group.dropbp_gathers = _Gathers(group)
 
 
 class _Gathers:
@@ -755,13 +751,12 @@ class _Gathers:
     def pre_backward(self, *arguments: Any, **named: Any) -> Any:
         group = self._group
         state = type(group._training_state).PRE_BACKWARD
-        # Of several forwards it is not known which one's backward this is.
-        if self._needed and not any(self._needed) and group._training_state != state:
+        if self._needed and group._training_state != state:  # later outputs of one forward change nothing
+            skips = not any(self._needed)  # of several forwards it is not known which one's backward this is
             self._needed.pop()
-            group._training_state = state
-            return None
-        if self._needed and group._training_state != state:
-            self._needed.pop()
+            if skips:
+                group._training_state = state
+                return None
         return self._pre_backward(*arguments, **named)  # type: ignore[attr-defined]
 
     def finalize_backward(self, *arguments: Any, **named: Any) -> Any:

@@ -62,9 +62,7 @@ def gathered_parameters(model: nn.Module, *, reshard_after_forward: bool = True)
         model: sharded by ``fully_shard``, whole or in parts; its parameters must fit whole.
         reshard_after_forward: what the model was sharded with.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts = _sharded_parts(model)
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.set_reshard_after_backward(False, recurse=False)
@@ -102,9 +100,7 @@ def skip_unneeded_gathers(model: nn.Module) -> None:
     Raises:
         ValueError: no part of the model is sharded by ``fully_shard``.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    parts = _sharded_parts(model)
     if not parts:
         raise ValueError(
             f"No part of this {type(model).__name__} is sharded by fully_shard, so there are no gathers to skip. Call "
@@ -112,6 +108,13 @@ def skip_unneeded_gathers(model: nn.Module) -> None:
         )
     for part in parts:
         _torch.leave_out_unneeded_gathers(part)
+
+
+def _sharded_parts(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` took, each an ``FSDPModule``."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
 
 def parameter_groups(model: nn.Module, layers: Iterable[nn.Module]) -> list[dict[str, list[nn.Parameter]]]:

@@ -39,3 +39,14 @@ def recording_compilers() -> tuple[list[str], tuple[Compiler, Compiler]]:
         return compiler
 
     return calls, (recording("forward"), recording("backward"))
+
+
+@torch.library.custom_op("dropbp_fx_tests::scale", mutates_args=())
+def scale(x: Tensor, weight: Tensor) -> Tensor:
+    """A kernel that PyTorch cannot look into."""
+    return x * weight
+
+
+@scale.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from dropbp_fx import dropbp_backend
 from dropbp_fx.graph.branches import BranchSearch, find_branches, mutated_by, normalise_inplace_adds
 from dropbp_fx.graph.naming import name_branches
+from tests.helpers import scale
 from tests.oracle import assert_exact
 
 D = 8
@@ -291,23 +292,13 @@ class Multiplied(torch.autograd.Function):
         return grad @ weight.mT, x.flatten(0, -2).mT @ grad.flatten(0, -2)
 
 
-@torch.library.custom_op("dropbp_fx_tests::kernel", mutates_args=())
-def kernel(x: Tensor, weight: Tensor) -> Tensor:
-    return x * weight
-
-
-@kernel.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 class Kernel(torch.autograd.Function):
     """An autograd function that runs a kernel PyTorch cannot look into."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return kernel(x, weight)
+        return scale(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

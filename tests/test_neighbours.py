@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from dropbp_fx import DropBPBackend, dropbp_backend
+from tests.helpers import scale
 from tests.matrix import family, language_loss
 from tests.oracle import Result, assert_equal, assert_exact, eager
 from tests.test_models import ResidualMLP, square_loss
@@ -111,16 +112,6 @@ def test_kinds_of_attention(kind: str) -> None:
 
     points = ["attention.0", "mlp.0", "attention.1", "mlp.1"]
     assert_exact(model, run, backend, loss, points, patterns=[[], [0], [1, 2], [0, 1, 2]])
-
-
-@torch.library.custom_op("dropbp_fx_tests::scale", mutates_args=())
-def scale(x: Tensor, weight: Tensor) -> Tensor:
-    return x * weight
-
-
-@scale.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 @torch.library.custom_op("dropbp_fx_tests::scale_gradients", mutates_args=("grad", "weight_grad"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.measure import Record
 from benchmarks.processes import Clock
 from benchmarks.quality import report, statistics
 from benchmarks.quality.methods import EXACT, methods
@@ -74,21 +75,27 @@ def main(chosen: argparse.Namespace) -> None:
         contestants = list(itertools.product(chosen.contestants, chosen.rates))
         for task in tasks:
             lr = (chosen.lrs or _RATES[task.tuning])[0]
-            file.add(statistics.measure(workshop, task, contestants, learning_rate=lr))
+            for record in statistics.measure(workshop, task, contestants, learning_rate=lr):
+                _keep(file, record)
         report.show_statistics(file.run.records)
         return
     plans = [(task, plan) for task in tasks for plan in _plans(chosen, task)]
     for task, plan in (progress := tqdm(plans, unit="contestant")):
         progress.set_postfix_str(f"{task.name}, {plan.method}")
         for record in run(workshop, task, plan):
-            if "error" in record:
-                tqdm.write(f"{plan.method} failed: {record['error']}", file=sys.stderr)
-            file.add([record])
+            _keep(file, record)
             if clock.left() == 0:
                 break
         if clock.left() == 0:
             break
     report.show(file.run.records, by_flops=chosen.by_flops)
+
+
+def _keep(file: ResultsFile, record: Record) -> None:
+    """Write a record down at once, and tell about a failure."""
+    if "error" in record:
+        tqdm.write(f"{record['contestant']} failed: {record['error']}", file=sys.stderr)
+    file.add([record])
 
 
 def _plans(chosen: argparse.Namespace, task: Task) -> Iterator[Plan]:

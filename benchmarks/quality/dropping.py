@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from benchmarks.measure import Record
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting
+from benchmarks.quality.patterns import Prefix
+from benchmarks.quality.tasks import cosine
 from dropbp_fx import dropbp_backend
+from dropbp_fx.distributed import parameter_groups
 
 
 class Engine(Attempt):
@@ -50,9 +54,11 @@ class Engine(Attempt):
         self.reusable = "allocation" not in chosen and control is None
         self._calibrated = False
         self._controlled: list[float] = []
-        self._missed: dict[Tensor, int] = {}
+        self._taken: Counter[Tensor] = Counter()  # steps by gradients, which a fused optimizer counts on the device
+        self._missed: Counter[Tensor] = Counter()  # in succession
 
     def restart(self, seed: int) -> None:
+        self._taken.clear()
         self._missed.clear()
         state = self.backend.state_dict()
         for branch in state["branches"]:
@@ -60,10 +66,7 @@ class Engine(Attempt):
         self.backend.load_state_dict({**state, "seed": seed, "rounds": 0, "forwards": 0, "progress": 0.0})
 
     def groups(self) -> list[dict[str, Any]]:
-        layers = [p for p in self.model.layers.parameters() if p.requires_grad]
-        inside = {id(p) for p in layers}
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in inside]
-        return [{"params": layers}, *([{"params": others}] if others else [])]
+        return parameter_groups(self.model, [self.model.layers])
 
     def before_step(self, progress: float, next_batch: NextBatch) -> None:
         self.backend.progress = progress
@@ -84,14 +87,14 @@ class Engine(Attempt):
     def _step_along_moments(self, optimizer: torch.optim.Optimizer) -> None:
         group = optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
-        alike: dict[tuple[float, int], list[Tensor]] = {}
+        alike: dict[tuple[int, int], list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
+                self._taken[parameter] += 1
                 self._missed[parameter] = 0
-            elif parameter in optimizer.state:
-                self._missed[parameter] = self._missed.get(parameter, 0) + 1
-                key = float(optimizer.state[parameter]["step"]), self._missed[parameter]
-                alike.setdefault(key, []).append(parameter)
+            elif parameter in self._taken:
+                self._missed[parameter] += 1
+                alike.setdefault((self._taken[parameter], self._missed[parameter]), []).append(parameter)
         for (steps, missed), parameters in alike.items():
             states = [optimizer.state[parameter] for parameter in parameters]
             scales = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
@@ -128,6 +131,41 @@ class Engine(Attempt):
     def _gradients(self, ids: Tensor) -> list[Tensor | None]:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         return list(torch.autograd.grad(self.training_loss(ids), parameters, allow_unused=True))
+
+
+class FreezeOut(Engine):
+    """Layers end their training one after the other, the lowest first (Brock et al., FreezeOut, 2017, linear).
+
+    The learning rate of each layer falls to zero along a cosine of its own, layers by equal distances in time, and the layer
+    is dropped from then on. The last one trains to the end of the run; the first one until its share 1 - 2 rate.
+
+    Args:
+        scaled: learning rates begin so much higher as they end earlier, as in the paper.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, scaled: bool = False) -> None:
+        first = max(1 - 2 * setting.rate, 0.0)
+        count = len(model.layers)
+        self._ends = [first + (1 - first) * (index + 0.5) / count for index in range(count)]
+        self._scaled, self._step = scaled, 0
+
+        def frozen(progress: float) -> float:
+            return min(sum(end <= progress for end in self._ends) / count, 0.99)
+
+        super().__init__(model, setting, options=lambda: {"pattern": Prefix(), "schedule": frozen})
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.model, self.model.layers)
+
+    def before_step(self, progress: float, next_batch: NextBatch) -> None:
+        self._step = round(progress * self.setting.steps)
+        super().before_step(progress, next_batch)
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        step, steps = self._step, self.setting.steps
+        for group, end in zip(optimizer.param_groups, self._ends, strict=False):  # the last group is no layer
+            own = cosine(min(step, end * steps), end * steps)
+            group["lr"] *= own / cosine(step, steps) / (end if self._scaled else 1.0)
 
 
 def _distance(a: list[Tensor | None], b: list[Tensor | None]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
-from benchmarks.quality.dropping import Engine
-from benchmarks.quality.patterns import CyclicWindow, Held, Prefix, Sometimes, Windows
+from benchmarks.quality.dropping import Engine, FreezeOut
+from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Prefix, Sometimes, Windows
 from benchmarks.quality.rivals import Freezing, Selective, Skipping, SmallerBatch, Tokens
 from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
 
@@ -64,6 +64,15 @@ def methods() -> dict[str, Method]:
         "window, unwrapped": _engine("the same, not around the end", options={"pattern": WindowPattern(wrap=False)}),
         "cyclic window": _engine("a run of layers, places in turn", options=lambda: {"pattern": CyclicWindow()}),
         "two windows": _engine("two runs of layers", options=lambda: {"pattern": Windows(2)}),
+        "low window": _engine(
+            "the same layers always, the lowest but one", options=lambda: {"pattern": FixedWindow(0.1)}
+        ),
+        "middle window": _engine(
+            "the same layers always, in the middle", options=lambda: {"pattern": FixedWindow(0.5)}
+        ),
+        "high window": _engine(
+            "the same layers always, the highest but one", options=lambda: {"pattern": FixedWindow(0.9)}
+        ),
         "held window": _engine(
             "a window that stays for 10 steps", options=lambda: {"pattern": Held(WindowPattern(), 10)}
         ),
@@ -120,6 +129,11 @@ def methods() -> dict[str, Method]:
         ),
         # ---- other ways to spend less
         "freezing": Method(Freezing, "the lowest layers are not trained"),
+        "FreezeOut": Method(FreezeOut, "layers end their training in turn, the lowest first (Brock et al., 2017)"),
+        "FreezeOut, scaled": Method(
+            lambda model, setting: FreezeOut(model, setting, scaled=True),
+            "the same, with higher rates the earlier they end",
+        ),
         "LISA": _engine(
             "weights of few layers are trained at a time, others every 20 steps (Pan et al., NeurIPS 2024)",
             options=lambda: {"granularity": "layer", "drop": "weights", "pattern": Held(RandomPattern(), 20)},

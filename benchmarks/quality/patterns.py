@@ -57,6 +57,18 @@ class Windows:
 
 
 @dataclasses.dataclass
+class FixedWindow:
+    """A window that is always at the same place: at 0 it begins with the first layer, at 1 it ends with the last."""
+
+    place: float
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        line = Line.of(units)
+        begin = self.place * (1.0 - line.rate)
+        return line.units_in(rng.random(), begin, begin + line.rate)
+
+
+@dataclasses.dataclass
 class Prefix:
     """Like ``SuffixPattern`` everything below a depth, but always the same one: the mean of what that draws."""
 

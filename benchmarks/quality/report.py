@@ -47,8 +47,7 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
 def _checkpointing(found: Sequence[Result]) -> float | None:
     """How much longer a step takes whose layers are recomputed."""
     times = [result.time / result.share for result in found if result.contestant == "checkpointing"]
-    # On a CPU FLOPs stand for time, and recomputing is one more forward: a third of a step.
-    return None if not times else times[0] if times[0] != 1.0 else 4 / 3
+    return times[0] if times else None
 
 
 def _row(result: Result, frontier: Frontier, slower: float | None) -> list[object]:

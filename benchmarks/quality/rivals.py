@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contestants import compiled_parts
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting
 
@@ -37,11 +38,7 @@ class Skipping(Attempt):
 
     def __init__(self, model: Decoder, setting: Setting, *, progressive: bool) -> None:
         self.model, self.setting, self._progressive = model, setting, progressive
-        kind = type(model.layers[0])
-        self._attention, self._feed_forward, self._head = (
-            torch.compile(function, backend=setting.inner, dynamic=False)
-            for function in (kind.attention, kind.feed_forward, type(model).loss)
-        )
+        self._attention, self._feed_forward, self._head = compiled_parts(model, setting.inner)
         self._progress, self._rng = 0.0, random.Random(0)
 
     def restart(self, seed: int) -> None:

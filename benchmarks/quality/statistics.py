@@ -14,7 +14,7 @@ from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Setting
 from benchmarks.quality.dropping import Engine
 from benchmarks.quality.methods import methods
-from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
+from benchmarks.quality.tasks import SHIFTS, Task, Workshop, make_optimizer
 
 _ASIDE = 104729
 
@@ -52,13 +52,8 @@ def measure(
     for point in points:
         torch._dynamo.reset()
         run = torch.compile(model, backend=workshop.inner, dynamic=False)
-        for step in range(done, round(point * steps)):
-            set_learning_rate(optimizer, learning_rate * cosine(step, steps))
-            with workshop.precision():
-                loss = run(data[step].to(workshop.device))
-            loss.backward()
-            update(optimizer)
-            done = step + 1
+        workshop.train(run, optimizer, data, range(done, round(point * steps)), steps, learning_rate)
+        done = round(point * steps)
         for name, rate in contestants:
             common: Record = {
                 "measurement": "quality statistics",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.models import Decoder, Shape, make_model
 from benchmarks.quality import corpora
+from benchmarks.quality.attempts import step_flops
 from benchmarks.quality.corpora import Batches, Corpus
 
 _BYTES = 256
@@ -115,6 +116,7 @@ class Workshop:
         self._folder = folder
         self._corpora: dict[str, Corpus] = {}
         self._weights: dict[str, Tensor] | None = None
+        self._flops: dict[Task, int] = {}
 
     def corpus(self, name: str) -> Corpus:
         if name not in self._corpora:
@@ -143,6 +145,29 @@ class Workshop:
                 losses.append(model(batches[step].to(self.device)))
         return float(torch.stack(losses).double().mean())
 
+    def train(
+        self,
+        run: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        batches: Batches,
+        steps: Iterable[int],
+        of: int,
+        learning_rate: float,
+    ) -> None:
+        """Exact steps, a stretch of a run of length ``of`` that peaks at ``learning_rate``."""
+        for step in steps:
+            set_learning_rate(optimizer, learning_rate * cosine(step, of))
+            with self.precision():
+                loss = run(batches[step].to(self.device))
+            loss.backward()
+            update(optimizer)
+
+    def flops(self, task: Task) -> int:
+        """FLOPs of an exact forward and backward on a batch."""
+        if task not in self._flops:
+            self._flops[task] = step_flops(self.model(task), self.batches(SHIFTS[task.shift], 0)[0].to(self.device))
+        return self._flops[task]
+
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """Parameters are float32; GPUs compute in bf16."""
         if self.device == "cuda":
@@ -169,12 +194,8 @@ class Workshop:
         run = torch.compile(model, backend=self.inner, dynamic=False)
         optimizer = make_optimizer([{"params": list(model.parameters())}], self.device)
         batches = self.batches("python", seed=0)
-        for step in tqdm(range(size.pretrain_steps), "pretraining", leave=False):
-            set_learning_rate(optimizer, size.pretrain_lr * cosine(step, size.pretrain_steps))
-            with self.precision():
-                loss = run(batches[step].to(self.device))
-            loss.backward()
-            update(optimizer)
+        steps = tqdm(range(size.pretrain_steps), "pretraining", leave=False)
+        self.train(run, optimizer, batches, steps, size.pretrain_steps, size.pretrain_lr)
         torch._dynamo.reset()
         return model.state_dict()
 
@@ -198,7 +219,7 @@ def update(optimizer: torch.optim.Optimizer, before: Callable[[], None] = lambda
     optimizer.zero_grad(set_to_none=True)
 
 
-def cosine(step: int, steps: int) -> float:
+def cosine(step: float, steps: float) -> float:
     """Share of the peak learning rate: up in the first twentieth of the run, then down to zero along a cosine."""
     progress = step / steps
     if progress < _WARMUP:

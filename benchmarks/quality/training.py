@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Record, error_text, peak, reset_peak, synchronize
 from benchmarks.models import Decoder
-from benchmarks.quality.attempts import Attempt, Setting, step_flops
+from benchmarks.quality.attempts import Attempt, Setting
 from benchmarks.quality.methods import methods
 from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
 
@@ -119,8 +119,7 @@ def _train(
 ) -> Record:
     device, corpus = workshop.device, SHIFTS[task.shift]
     batches = workshop.batches(corpus, seed, task.windows)
-    aside = iter(range(10**9))
-    others = workshop.batches(corpus, _ASIDE + seed, task.windows)
+    aside, others = itertools.count(), workshop.batches(corpus, _ASIDE + seed, task.windows)
 
     def next_batch() -> Tensor:
         return others[next(aside)].to(device)
@@ -131,7 +130,6 @@ def _train(
     for step in range(steps):
         if step == untimed:
             held, started = reset_peak(device), time.perf_counter()
-            synchronize(device)
         set_learning_rate(optimizer, learning_rate * cosine(step, steps))
         attempt.before_step(step / steps, next_batch)
         loss = attempt.training_loss(batches[step].to(device))
@@ -155,19 +153,20 @@ def _train(
 def _cost(workshop: Workshop, task: Task, attempt: Attempt) -> Record:
     """The attempt's figures, and the FLOPs of its steps as a share of those of exact ones."""
     ids = workshop.batches(SHIFTS[task.shift], _ASIDE)[0].to(workshop.device)
-    return {**attempt.facts(), "flops_share": attempt.flops_share(step_flops(workshop.model(task), ids), ids)}
+    return {**attempt.facts(), "flops_share": attempt.flops_share(workshop.flops(task), ids)}
 
 
 def before_tuning(workshop: Workshop, tasks: Sequence[Task]) -> Iterator[Record]:
     """Held-out losses of the pretrained model, on what it knows and on what is new."""
     for task in tasks:
-        facts: dict[str, Any] = {
+        model, name = workshop.model(task), SHIFTS[task.shift]
+        corpus = workshop.corpus(name)
+        yield {
             "measurement": "quality before",
             "task": task.name,
             **dataclasses.asdict(task),
-            "eval_loss": workshop.held_out_loss(workshop.model(task), SHIFTS[task.shift]),
-            "pretraining_loss": workshop.held_out_loss(workshop.model(task), "python"),
-            "corpus_digest": workshop.corpus(SHIFTS[task.shift]).digest,
-            "corpus_files": workshop.corpus(SHIFTS[task.shift]).files,
+            "eval_loss": workshop.held_out_loss(model, name),
+            "pretraining_loss": workshop.held_out_loss(model, "python"),
+            "corpus_digest": corpus.digest,
+            "corpus_files": corpus.files,
         }
-        yield facts
