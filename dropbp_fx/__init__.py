@@ -9,8 +9,15 @@ from dropbp_fx.backend import BackendStats, DropBPBackend, dropbp_backend
 from dropbp_fx.lowering import NoResidualBranchWarning
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
-from dropbp_fx.policy.patterns import IndependentPattern, Pattern, RandomPattern, SuffixPattern, WindowPattern
-from dropbp_fx.policy.ramps import Ramp, Steps
+from dropbp_fx.policy.patterns import (
+    IndependentPattern,
+    LowestPattern,
+    Pattern,
+    RandomPattern,
+    SuffixPattern,
+    WindowPattern,
+)
+from dropbp_fx.policy.ramps import LateRamp, Ramp, Steps
 from dropbp_fx.policy.ranks import RankDisagreementError
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Sensitivity
@@ -24,6 +31,8 @@ __all__ = [
     "DropBPBackend",
     "Explanation",
     "IndependentPattern",
+    "LateRamp",
+    "LowestPattern",
     "NoResidualBranchWarning",
     "Pattern",
     "Ramp",

@@ -18,6 +18,7 @@ from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_ra
 from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
+from dropbp_fx.policy.presets import resolve_preset
 from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule, is_number
 from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
@@ -394,14 +395,15 @@ def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
 
 
 def dropbp_backend(
-    rate: float = 0.5,
+    rate: float | None = None,
     *,
+    policy: str = "dropbp",
     granularity: str = "branch",
-    pattern: str | Pattern | DrawFunction = "random",
-    allocation: str = "uniform",
+    pattern: str | Pattern | DrawFunction | None = None,
+    allocation: str | None = None,
     max_rate: float = 0.95,
     reallocate_every: int | None = None,
-    schedule: str | RateSchedule = "constant",
+    schedule: str | RateSchedule | None = None,
     total_forwards: int | None = None,
     drop: str = "branch",
     rescale: bool = False,
@@ -419,10 +421,16 @@ def dropbp_backend(
         model = torch.compile(model, backend=backend)
 
     Args:
-        rate: share of the residual branches' backward work (FLOPs) that is dropped at each training step, in [0, 1).
+        rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1): at each training step, or,
+            with a schedule, over the run.
+        policy: what stands in for ``rate``, ``pattern``, ``schedule``, ``allocation`` and ``activation_memory_budget`` where
+            they are ``None`` (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
+            0.5. "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one
+            after the other, a quarter of the backward in all; it must be told of the run's progress.
         granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
-        pattern: which branches are dropped together: "random" (the paper), "independent", "suffix" (everything below a
-            random depth), "window" (one contiguous run of layers), or a pattern of your own
+        pattern: which branches are dropped together: "random" (the paper), "independent", "lowest" (the lowest layers, the
+            same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers), or
+            a pattern of your own
             (:class:`~dropbp_fx.policy.patterns.Pattern`).
         allocation: "uniform" gives every branch the same rate; "sensitivity" gives rates by sensitivity, once it is known:
             after :meth:`DropBPBackend.calibrate`, or by ``reallocate_every``.
@@ -430,7 +438,8 @@ def dropbp_backend(
         reallocate_every: keep a running estimate of the sensitivities from ordinary steps, and re-allocate the rates once
             in so many forwards.
         schedule: how the rate changes over the run: "constant", "ramp_up" (from 0 to 2 ``rate``), "ramp_down", "step"
-            (nothing in the first half, 2 ``rate`` in the second), or a function from progress (0 to 1) to a rate.
+            (nothing in the first half, 2 ``rate`` in the second), "late_ramp" (nothing at first, then up to ``max_rate``),
+            or a function from progress (0 to 1) to a rate.
         total_forwards: the run's length in training forwards (micro-batches), to count progress by. Without it the training
             loop sets :attr:`DropBPBackend.progress`.
         drop: "branch" drops all gradients of a branch; "weights" those of its parameters only, so that all other
@@ -439,7 +448,7 @@ def dropbp_backend(
             then unbiased.
         activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
             compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
-            region). ``None`` leaves PyTorch's setting, which saves all.
+            region). ``None`` leaves PyTorch's setting, which saves all, unless the policy has one; 1 saves all.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -450,14 +459,17 @@ def dropbp_backend(
     Raises:
         TypeError, ValueError: a bad value, before anything is compiled.
     """
+    preset = resolve_preset(policy)
+    if activation_memory_budget is None:
+        activation_memory_budget = preset.activation_memory_budget
     config = BackendConfig.checked(
-        rate,
+        preset.rate if rate is None else rate,
         granularity=granularity,
-        pattern=pattern,
-        allocation=allocation,
+        pattern=preset.pattern if pattern is None else pattern,
+        allocation=preset.allocation if allocation is None else allocation,
         max_rate=max_rate,
         reallocate_every=reallocate_every,
-        schedule=schedule,
+        schedule=preset.schedule if schedule is None else schedule,
         total_forwards=total_forwards,
         drop=drop,
         rescale=rescale,

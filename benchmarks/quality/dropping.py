@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.measure import Record
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting
-from benchmarks.quality.patterns import Prefix
 from benchmarks.quality.tasks import cosine
 from dropbp_fx import dropbp_backend
 from dropbp_fx.distributed import parameter_groups
@@ -152,7 +151,7 @@ class FreezeOut(Engine):
         def frozen(progress: float) -> float:
             return min(sum(end <= progress for end in self._ends) / count, 0.99)
 
-        super().__init__(model, setting, options=lambda: {"pattern": Prefix(), "schedule": frozen})
+        super().__init__(model, setting, options=lambda: {"pattern": "lowest", "schedule": frozen})
 
     def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.model.layers)

@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
 from benchmarks.quality.dropping import Engine, FreezeOut
-from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Prefix, Sometimes, Windows
+from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
 from benchmarks.quality.rivals import Freezing, Selective, Skipping, SmallerBatch, Tokens
-from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
+from dropbp_fx.policy.patterns import LowestPattern, RandomPattern, WindowPattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def methods() -> dict[str, Method]:
             options={"pattern": "independent", "rescale": True},
         ),
         "suffix": _engine("everything below a random depth", options={"pattern": "suffix"}),
-        "fixed suffix": _engine("everything below a fixed depth", options=lambda: {"pattern": Prefix()}),
+        "lowest": _engine("the lowest layers, always the same ones", options={"pattern": "lowest"}),
         "weights": _engine("gradients of random branches' weights only", options={"drop": "weights"}),
         "window": _engine("a run of layers at a random place", options=window),
         "window, unwrapped": _engine("the same, not around the end", options={"pattern": WindowPattern(wrap=False)}),
@@ -87,7 +87,7 @@ def methods() -> dict[str, Method]:
         ),
         "sometimes suffix": _engine(
             "all below a fixed depth (.9) in some steps, exact in all others",
-            options=lambda: {"pattern": Sometimes(Prefix(), 0.9)},
+            options=lambda: {"pattern": Sometimes(LowestPattern(), 0.9)},
         ),
         "online": _engine(
             "random branches, rates by a running estimate of sensitivities",
@@ -98,6 +98,20 @@ def methods() -> dict[str, Method]:
         "window, ramp": _engine("a window, rate from 0 to twice", options={**window, "schedule": "ramp_up"}),
         "window, step": _engine("a window, exact in the first half", options={**window, "schedule": "step"}),
         "suffix, ramp": _engine("suffix, rate from 0 to twice", options={"pattern": "suffix", "schedule": "ramp_up"}),
+        "progressive freezing": _engine(
+            "exact at first, then the lowest layers are dropped one after the other",
+            options={"policy": "progressive_freezing", "activation_memory_budget": 1.0},
+        ),
+        "progressive freezing, budget": _engine(
+            "the same with its memory budget: policy='progressive_freezing'", options={"policy": "progressive_freezing"}
+        ),
+        "lowest, ramp": _engine(
+            "the lowest layers, rate from 0 to twice", options={"pattern": "lowest", "schedule": "ramp_up"}
+        ),
+        "gradual unfreezing": _engine(
+            "the highest layers first, others join them, rate from twice to 0 (Howard and Ruder, 2018)",
+            options={"pattern": "lowest", "schedule": "ramp_down"},
+        ),
         # ---- corrections
         "window, scaled": _engine(
             "a window; layers' learning rate times (1 - rate)^-.5", options=window, scale_power=0.5
@@ -121,7 +135,7 @@ def methods() -> dict[str, Method]:
         ),
         "sometimes suffix, coasting": _engine(
             "all below a depth (.9) in some steps, exact in others; what is dropped steps along its moments",
-            options=lambda: {"pattern": Sometimes(Prefix(), 0.9)},
+            options=lambda: {"pattern": Sometimes(LowestPattern(), 0.9)},
             coast=1.0,
         ),
         "window, controlled": _engine(

@@ -69,15 +69,6 @@ class FixedWindow:
 
 
 @dataclasses.dataclass
-class Prefix:
-    """Like ``SuffixPattern`` everything below a depth, but always the same one: the mean of what that draws."""
-
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
-        line = Line.of(units)
-        return line.units_in(rng.random(), 0.0, min(line.rate, 1.0 - max(line.lengths)))
-
-
-@dataclasses.dataclass
 class Sometimes:
     """Another pattern in a share of the forwards, at a rate so much higher; all others are exact.
 

@@ -1,4 +1,4 @@
-"""Patterns that drop neighbouring layers together: everything below a random depth, or one window.
+"""Patterns that drop neighbouring layers together: everything below a depth, fixed or random, or one window.
 
 Layers lie end to end on a line in the order of execution, layer i on [x_i, x_i + F_i) with F_i its FLOPs. One random v,
 uniform on [0, 1) and shared by all layers, gives each a point x_i + v F_i, and an interval of the line drops the layers
@@ -93,6 +93,46 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
+class LowestPattern:
+    """Drop the lowest layers, as many as the rate asks for: gradients of all layers above them are exact.
+
+    With p the mean of the units' rates weighted by their FLOPs, the layers below the depth p of all FLOPs are dropped, the
+    same ones in every draw but for the layer that the depth falls into, which is dropped in proportion. The last trainable
+    layer and what follows it are never dropped. With a rate that grows over the run (the schedule "late_ramp") layers end
+    their training one after the other, the lowest first: progressive freezing, as in FreezeOut (Brock et al., 2017). What
+    lies below all layers, an embedding, goes on to be trained.
+
+    Nested sets cannot honour the units' relative rates, only their sum. :meth:`frequencies` gives what they get.
+    """
+
+    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+        line = Line.of(units)
+        return line.units_in(rng.random(), 0.0, min(line.rate, _room(line)))
+
+    def frequencies(self, units: Sequence[Unit]) -> list[float]:
+        line = Line.of(units)
+        depth, room = min(line.rate, _room(line)), _room(line)
+        return line.per_unit(
+            [
+                _share_below(depth, start, length) if start < room else 0.0
+                for start, length in zip(line.starts, line.lengths, strict=True)
+            ]
+        )
+
+
+def _share_below(depth: float, start: float, length: float) -> float:
+    """The share of a layer that lies below a depth; a layer without length is a point."""
+    if length < _TINY:
+        return float(start < depth)
+    return min(max((depth - start) / length, 0.0), 1.0)
+
+
+def _room(line: Line) -> float:
+    """Where the last trainable layer begins."""
+    return next((start for start, flag in zip(line.starts[::-1], line.trainable[::-1], strict=True) if flag), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class SuffixPattern:
     """Drop every layer below a random depth: gradients of all layers above it are exact, and the backward ends there.
 
@@ -126,7 +166,7 @@ def _depths(line: Line) -> tuple[float, float, float]:
 
     For a depth D uniform on [a, b] with b > c, the mean of min(D, c) is ((c^2 - a^2) / 2 + c (b - c)) / (b - a).
     """
-    room = next((start for start, flag in zip(line.starts[::-1], line.trainable[::-1], strict=True) if flag), 1.0)
+    room = _room(line)
     mean = line.rate
     if mean >= room:
         return room, room, room

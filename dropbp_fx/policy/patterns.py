@@ -7,6 +7,7 @@ name           class                      what it drops
 =============  =========================  ================================================================================
 "random"       :class:`RandomPattern`     random units; their number and FLOPs are nearly the same in every draw
 "independent"  :class:`IndependentPattern` each unit by its own coin
+"lowest"       :class:`LowestPattern`     the lowest layers, the same ones in every draw
 "suffix"       :class:`SuffixPattern`     every layer below a random depth
 "window"       :class:`WindowPattern`     one contiguous run of layers, at a random place
 =============  =========================  ================================================================================
@@ -21,11 +22,12 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from dropbp_fx.policy.contiguous import SuffixPattern, WindowPattern
+from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
 from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
 
 __all__ = [
     "IndependentPattern",
+    "LowestPattern",
     "Pattern",
     "PatternWithFrequencies",
     "RandomPattern",
@@ -120,6 +122,7 @@ def _builtin() -> dict[str, Pattern]:
     return {
         "random": RandomPattern(),
         "independent": IndependentPattern(),
+        "lowest": LowestPattern(),
         "suffix": SuffixPattern(),
         "window": WindowPattern(),
     }

@@ -10,7 +10,7 @@ from typing import Any
 #: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
 RateSchedule = Callable[[float], float]
 
-_NAMES = ("constant", "ramp_up", "ramp_down", "step")
+_NAMES = ("constant", "ramp_up", "ramp_down", "step", "late_ramp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,18 @@ class Ramp:
     def __call__(self, progress: float) -> float:
         """The rate at ``progress``."""
         return self.start + (self.end - self.start) * progress
+
+
+@dataclasses.dataclass(frozen=True)
+class LateRamp:
+    """Nothing until ``begin``, a progress in [0, 1), then a straight line to ``end``, the rate at the end of the run."""
+
+    begin: float
+    end: float
+
+    def __call__(self, progress: float) -> float:
+        """The rate at ``progress``."""
+        return self.end * max(progress - self.begin, 0.0) / (1.0 - self.begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +53,14 @@ def rate_schedule(schedule: str | RateSchedule, rate: float, max_rate: float) ->
 
     ``"constant"`` is ``rate`` throughout. The others average ``rate`` as long as ``max_rate`` leaves them room:
     ``"ramp_up"`` climbs from 0 to 2 ``rate``, ``"ramp_down"`` falls from there to 0, ``"step"`` drops nothing in the first
-    half of the run and 2 ``rate`` in the second.
+    half of the run and 2 ``rate`` in the second, "late_ramp" nothing at first and then climbs to ``max_rate``: from where it
+    must begin for the mean to be ``rate``, or, where that is before the run, from a rate above 0.
     """
     if not isinstance(schedule, str):
         return schedule
+    if schedule == "late_ramp":
+        begin = 1.0 - 2.0 * rate / max_rate
+        return LateRamp(begin, max_rate) if begin >= 0.0 else Ramp(min(2.0 * rate - max_rate, max_rate), max_rate)
     top = min(2 * rate, max_rate)
     return {"constant": Ramp(rate, rate), "ramp_up": Ramp(0.0, top), "ramp_down": Ramp(top, 0.0)}.get(
         schedule, Steps(((0.5, top),))

@@ -1,0 +1,79 @@
+"""Policies by name: arguments of ``dropbp_backend`` that go together, with what is known of them.
+
+======================  ===============================================================================================
+name                    what it does
+======================  ===============================================================================================
+"dropbp"                random branches at a constant rate: the paper's, without its sensitivities
+"progressive_freezing"  all layers at first, then the lowest end their training one after the other
+======================  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dropbp_fx.policy.rates import Allocation
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a policy's name stands for; ``None`` leaves PyTorch's setting.
+
+    Attributes:
+        about: what it does and when to take it.
+        rate: share of the branches' backward FLOPs that is dropped over the whole run.
+        pattern: a name of :func:`~dropbp_fx.policy.patterns.resolve_pattern`.
+        schedule: a name of :func:`~dropbp_fx.policy.ramps.rate_schedule`.
+        allocation: "uniform" or "sensitivity".
+        activation_memory_budget: the share of their activations that kept branches save.
+    """
+
+    about: str
+    rate: float
+    pattern: str = "random"
+    schedule: str = "constant"
+    allocation: Allocation = "uniform"
+    activation_memory_budget: float | None = None
+
+
+def presets() -> dict[str, Preset]:
+    """All policies by name."""
+    return {
+        "dropbp": Preset(
+            about="Random branches at a constant rate (Woo et al., NeurIPS 2024, without sensitivities): the least memory "
+            "and time a step, from the first step on. At equal time, no dropping with fewer steps learns more; take it "
+            "where memory is what is scarce.",
+            rate=0.5,
+        ),
+        "progressive_freezing": Preset(
+            about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
+            "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
+            "all). Kept layers save half of their activations, so that the first steps need less memory, too. It must be "
+            "told of the run's progress.",
+            rate=0.25,
+            pattern="lowest",
+            schedule="late_ramp",
+            activation_memory_budget=0.5,
+        ),
+    }
+
+
+def resolve_preset(policy: str) -> Preset:
+    """The policy of a name.
+
+    Raises:
+        TypeError: ``policy`` is no string.
+        ValueError: no policy has the name.
+    """
+    known = presets()
+    names = ", ".join(map(repr, known))
+    if not isinstance(policy, str):
+        raise TypeError(
+            f"policy must be one of the names {names}, not {policy!r}. A pattern of your own is passed as pattern=."
+        )
+    if policy not in known:
+        raise ValueError(
+            f"There is no policy named {policy!r}; the names are {names}. Pass one of them, or pattern=, schedule= and the "
+            "other arguments by themselves."
+        )
+    return known[policy]
