@@ -14,7 +14,7 @@ from tests.test_models import square_loss
 Compiler = Callable[[fx.GraphModule, Any], Any]
 
 
-def compile_model(model: nn.Module, rate: float = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
+def compile_model(model: nn.Module, rate: float | None = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
     """A backend, seeded and without code generation unless told otherwise, and the model compiled with it."""
     backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
     return backend, torch.compile(model, backend=backend)

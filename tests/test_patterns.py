@@ -24,6 +24,7 @@ from scipy import stats
 
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
+    LowestPattern,
     Pattern,
     RandomPattern,
     SuffixPattern,
@@ -81,6 +82,7 @@ MODELS = {
 PATTERNS: dict[str, Any] = {
     "random": RandomPattern(),
     "independent": IndependentPattern(),
+    "lowest": LowestPattern(),
     "suffix": SuffixPattern(),
     "window": WindowPattern(),
     "window without wrap": WindowPattern(wrap=False),
@@ -88,7 +90,9 @@ PATTERNS: dict[str, Any] = {
 every_model = pytest.mark.parametrize("units", MODELS.values(), ids=MODELS.keys())
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 contiguous_patterns = pytest.mark.parametrize(
-    "pattern", [SuffixPattern(), WindowPattern(), WindowPattern(wrap=False)], ids=["suffix", "window", "no wrap"]
+    "pattern",
+    [LowestPattern(), SuffixPattern(), WindowPattern(), WindowPattern(wrap=False)],
+    ids=["lowest", "suffix", "window", "no wrap"],
 )
 
 
@@ -149,7 +153,7 @@ def test_a_pattern_is_a_function_of_units_and_random_state(pattern: Pattern) -> 
     units = MODELS["wild"]
     assert draws(pattern, units, 20) == draws(copy.deepcopy(pattern), list(units), 20)
     assert draws(pattern, units, 20) != draws(pattern, units, 20, seed=1)
-    assert len(set(draws(pattern, units, 200))) > 5
+    assert len(set(draws(pattern, units, 200))) > (1 if pattern == LowestPattern() else 5)
 
 
 @every_pattern
@@ -212,7 +216,7 @@ def test_layers_are_dropped_as_a_whole_and_in_one_run(pattern: Pattern, units: l
         flags = [group[0] in dropped for group in layers_of(units)]
         assert dropped == {i for group, flag in zip(layers_of(units), flags, strict=True) if flag for i in group}
         assert is_run(flags, circle=pattern == WindowPattern())
-        if pattern == SuffixPattern():
+        if pattern in (LowestPattern(), SuffixPattern()):
             assert flags == sorted(flags, reverse=True)
 
 
@@ -226,7 +230,7 @@ def test_what_counts_as_a_run() -> None:
 
 def test_patterns_that_are_not_hindered_drop_the_flops_asked_for_on_average() -> None:
     for name in ("even", "low", "high", "uneven flops", "falling", "wild", "frozen", "no flops", "no layers"):
-        for pattern in (SuffixPattern(), WindowPattern(), WindowPattern(wrap=False)):
+        for pattern in (LowestPattern(), SuffixPattern(), WindowPattern(), WindowPattern(wrap=False)):
             assert expected(pattern, MODELS[name]) == pytest.approx(asked(MODELS[name])), (name, pattern)
 
 
@@ -259,6 +263,17 @@ def test_depths_spread_around_the_budget_as_far_as_they_can(units: list[Unit]) -
         assert np.std(depths) == pytest.approx(spread / math.sqrt(3), rel=0.25)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.25, 0.5, 0.8])
+def test_the_lowest_layers_are_the_same_ones_in_every_draw_but_for_one(rate: float) -> None:
+    units = model(12, rate)
+    whole = math.floor(12 * rate + 1e-9)
+    seen = set(draws(LowestPattern(), units, 300))
+    assert seen <= {frozenset(range(2 * whole)), frozenset(range(2 * whole + 2))}
+    assert len(seen) == (1 if math.isclose(12 * rate, whole) else 2)
+    expected_chances = [1.0] * whole + [12 * rate - whole] + [0.0] * (11 - whole)
+    assert LowestPattern().frequencies(units) == pytest.approx([c for c in expected_chances for _ in range(2)])
+
+
 def test_suffixes_are_nested_and_reach_every_depth() -> None:
     patterns = sorted(set(draws(SuffixPattern(), MODELS["even"], 2_000)), key=len)
     assert [len(pattern) for pattern in patterns] == list(range(0, 24, 2))
@@ -279,7 +294,7 @@ def test_the_last_trainable_layer_is_kept_at_full_budget() -> None:
     assert math.fsum(chances) == pytest.approx(1.5)
     assert chances[0] > chances[1] > 0
     over = [Unit(0.9, True, layer=str(i)) for i in range(3)]
-    assert SuffixPattern().frequencies(over) == [1, 1, 0]
+    assert SuffixPattern().frequencies(over) == LowestPattern().frequencies(over) == [1, 1, 0]
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.5, 0.65])
@@ -448,7 +463,7 @@ def test_names_objects_and_functions_are_patterns() -> None:
 
 def test_what_is_no_pattern_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"no pattern named 'sufix'; the names are 'random', 'independent', 'suffix', 'wi"
+        ValueError, match=r"no pattern named 'sufix'; the names are 'random', 'independent', 'lowest', 'suffix', 'wi"
     ):
         resolve_pattern("sufix")
     with pytest.raises(

@@ -15,9 +15,22 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropbp_fx import Ramp, Steps, Unit, WindowPattern, allocate, dropbp_backend, explain
+from dropbp_fx import (
+    LateRamp,
+    LowestPattern,
+    Ramp,
+    RandomPattern,
+    Steps,
+    Unit,
+    WindowPattern,
+    allocate,
+    dropbp_backend,
+    explain,
+)
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.policy.allocation import objective
+from dropbp_fx.policy.presets import presets
+from dropbp_fx.policy.ramps import rate_schedule
 from tests.flops import FlopCounter
 from tests.helpers import compile_model, dropped_in
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
@@ -254,6 +267,7 @@ def test_an_observed_step_may_keep_its_graph() -> None:
         ("ramp_up", [0.0, 0.3, 0.6]),
         ("ramp_down", [0.6, 0.3, 0.0]),
         ("step", [0.0, 0.6, 0.6]),
+        ("late_ramp", [0.0, 0.95 * (0.5 - (1 - 0.6 / 0.95)) / (0.6 / 0.95), 0.95]),
         (Ramp(0.1, 0.5), [0.1, 0.3, 0.5]),
         (Steps(((0.0, 0.2), (0.9, 0.7))), [0.2, 0.2, 0.7]),
         (lambda progress: 0.5 * progress**2, [0.0, 0.125, 0.5]),
@@ -266,6 +280,21 @@ def test_a_schedule_moves_with_progress_that_the_loop_sets(schedule: Any, expect
         backend.progress = progress
         assert list(backend.rates.values()) == pytest.approx([rate] * 3)
         assert backend.rate == 0.3
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.475, 0.6, 0.9])
+def test_a_late_ramp_has_the_rate_as_its_mean_and_ends_at_the_highest(rate: float) -> None:
+    schedule = rate_schedule("late_ramp", rate, 0.95)
+    values = [schedule((i + 0.5) / 10_000) for i in range(10_000)]
+    assert sum(values) / len(values) == pytest.approx(rate, abs=1e-4)
+    assert values == sorted(values)
+    assert schedule(1.0) == pytest.approx(0.95)
+    assert (schedule(0.0) == 0.0) == (rate <= 0.475)
+
+
+def test_a_rate_above_the_highest_ends_a_late_ramp_there() -> None:
+    schedule = rate_schedule("late_ramp", 0.99, 0.95)
+    assert [schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.95] * 3
 
 
 def test_forwards_advance_progress_where_their_number_is_given_and_a_resume_goes_on() -> None:
@@ -323,9 +352,75 @@ def test_a_schedule_that_nobody_advances_warns() -> None:
     assert backend.stats.realised_rate == 0
 
 
+# ---- policies by name ------------------------------------------------------------------------------------------------
+
+
+def test_the_default_policy_is_the_papers() -> None:
+    assert dropbp_backend()._config == dropbp_backend(policy="dropbp")._config
+    config = dropbp_backend()._config
+    assert (config.rate, config.pattern, config.schedule, config.allocation) == (
+        0.5,
+        RandomPattern(),
+        "constant",
+        "uniform",
+    )
+    assert config.activation_memory_budget is None
+
+
+def test_a_policy_stands_in_for_what_is_not_given() -> None:
+    config = dropbp_backend(policy="progressive_freezing")._config
+    assert (config.rate, config.pattern, config.schedule) == (0.25, LowestPattern(), "late_ramp")
+    assert config.activation_memory_budget == 0.5
+    config = dropbp_backend(
+        0.4, policy="progressive_freezing", pattern="window", schedule=LateRamp(0.5, 0.8), activation_memory_budget=1
+    )._config
+    assert (config.rate, config.pattern, config.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    assert config.activation_memory_budget == 1.0
+    assert dropbp_backend(0.0, policy="progressive_freezing").rate == 0.0  # zero is a rate that was given
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_policy_makes_a_backend_and_says_what_it_does(name: str) -> None:
+    backend, run = compile_model(ResidualMLP(), rate=None, policy=name)
+    backend.progress = 0.75
+    square_loss(run).backward()
+    assert backend.stats.realised_rate > 0
+    assert presets()[name].about.endswith(".")
+    assert f'"{name}"' in str(dropbp_backend.__doc__)
+
+
+def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_above_exact() -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 4})).double()
+    backend, run = compile_model(model, 0.25, policy="progressive_freezing")
+    language_loss(run)  # branches are known from here on
+    exact = eager(model, language_loss, ())
+    frozen = []
+    for step in range(21):
+        backend.progress = step / 20
+        before = [branch.times_dropped for branch in backend.branches]
+        actual = compiled(model, language_loss, run)
+        dropped = [b for b, was in zip(backend.branches, before, strict=True) if b.times_dropped > was]
+        assert_equal(actual, eager(model, language_loss, [branch.name for branch in dropped]), rtol=1e-7, atol=1e-9)
+        assert [branch.index for branch in dropped] == list(range(len(dropped)))
+        frozen.append(len(dropped) // 2)
+        for name, gradient in actual.gradients.items():
+            if name.startswith("model.layers.") and int(name.split(".")[2]) >= frozen[-1]:
+                torch.testing.assert_close(gradient, exact.gradients[name], msg=name)
+    begin = 1 - 2 * 0.25 / 0.95
+    depths = [4 * 0.95 * max(step / 20 - begin, 0) / (1 - begin) for step in range(21)]
+    assert all(abs(layers - depth) < 1 for layers, depth in zip(frozen, depths, strict=True))
+    assert (frozen[9], frozen[-1]) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        (
+            {"policy": "freeze"},
+            ValueError,
+            r"no policy named 'freeze'; the names are 'dropbp', 'progressive_freezing'\. Pass one of them, or pattern=",
+        ),
+        ({"policy": None}, TypeError, r"policy must be one of the names 'dropbp', 'progressive_freezing', not None"),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
         ({"allocation": "greedy"}, ValueError, r"allocation must be one of 'uniform', 'sensitivity', not 'greedy'"),

@@ -21,9 +21,9 @@ from benchmarks.quality.corpora import Batches
 from benchmarks.quality.dropping import Engine
 from benchmarks.quality.frontier import Frontier, Result, results
 from benchmarks.quality.methods import methods
-from benchmarks.quality.patterns import CyclicWindow, Held, Sometimes, Windows
+from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
 from benchmarks.quality.rivals import KeepRows, Skipping
-from benchmarks.quality.tasks import Task, Workshop
+from benchmarks.quality.tasks import Task, Workshop, cosine, make_optimizer, set_learning_rate
 from benchmarks.quality.training import Plan, run
 from benchmarks.results import load
 from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
@@ -125,6 +125,30 @@ def test_lisa_trains_the_weights_of_a_layer_for_a_while_and_passes_gradients_thr
         assert model.embedding.grad is not None
         model.zero_grad()
     assert all(layers == seen[0] and len(layers) == 1 for layers in seen)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_freeze_out_gives_every_layer_a_cosine_of_its_own_and_drops_it_at_its_end(
+    workshop: Workshop, scaled: bool
+) -> None:
+    model, attempt = attempt_of(workshop, "FreezeOut, scaled" if scaled else "FreezeOut", rate=0.25, steps=400)
+    optimizer = make_optimizer(attempt.groups(), "cpu")
+    groups = optimizer.param_groups
+    assert [len(group["params"]) for group in groups[:-1]] == [len(list(layer.parameters())) for layer in model.layers]
+    rates, dropped = [], []
+    for step in range(0, 400, 5):
+        set_learning_rate(optimizer, cosine(step, 400))
+        attempt.before_step(step / 400, lambda: ids_of(workshop))
+        attempt.before_update(optimizer)
+        rates.append([group["lr"] for group in groups])
+        dropped.append(round(attempt.backend.schedule(step / 400) * len(model.layers)))
+    for layer, end in enumerate([0.5 + 0.5 * (i + 0.5) / 4 for i in range(4)]):
+        peak = 1 / end if scaled else 1.0
+        assert max(row[layer] for row in rates) == pytest.approx(peak, rel=0.02)
+        for number, row in enumerate(rates):
+            assert row[layer] == pytest.approx(peak * cosine(min(5 * number, end * 400), end * 400))
+            assert (dropped[number] > layer) == (5 * number / 400 >= end)
+    assert [row[-1] for row in rates] == pytest.approx([cosine(step, 400) for step in range(0, 400, 5)])
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -244,7 +268,7 @@ def units(count: int, rate: float) -> list[Unit]:
 
 @pytest.mark.parametrize(
     "pattern",
-    [CyclicWindow(), Windows(2), Held(RandomPattern(), 3), Sometimes(WindowPattern(), 0.9)],
+    [CyclicWindow(), FixedWindow(0.5), Windows(2), Held(RandomPattern(), 3), Sometimes(WindowPattern(), 0.9)],
     ids=repr,
 )
 def test_patterns_on_trial_drop_the_rate_on_average(pattern: Any) -> None:
@@ -253,6 +277,9 @@ def test_patterns_on_trial_drop_the_rate_on_average(pattern: Any) -> None:
     assert sum(map(len, drawn)) / (12 * len(drawn)) == pytest.approx(0.4, abs=0.02)
     if isinstance(pattern, Held):
         assert all(drawn[i] == drawn[i - i % 3] for i in range(len(drawn)))
+    if isinstance(pattern, FixedWindow):
+        assert frozenset.intersection(*drawn) == set(range(4, 8))
+        assert frozenset.union(*drawn) == set(range(3, 9))
     if isinstance(pattern, Sometimes):
         assert {len(dropped) for dropped in drawn} <= {0, 10, 11}
 
@@ -350,6 +377,10 @@ def test_the_frontier_gives_losses_of_times_and_times_of_losses() -> None:
     assert frontier.time(1.6) == pytest.approx(0.4)
     assert frontier.time(0.9) is None
     assert Frontier([]).loss(1.0) is None
+    uneven = Frontier(
+        Result("none", 0.0, t, 1e-3, (loss,), t, None) for t, loss in ((0.65, 0.7), (0.8, 0.1), (1.0, 0.03))
+    )
+    assert [uneven.time(loss) for loss in (0.7, 0.1, 0.03)] == pytest.approx([0.65, 0.8, 1.0])
 
 
 def record_of(contestant: str, lr: float, seed: int, loss: float, **more: Any) -> dict[str, Any]:

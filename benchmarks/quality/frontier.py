@@ -62,7 +62,10 @@ class Frontier:
         below = next(i for i, value in enumerate(self._losses) if value <= loss)
         if below == 0:
             return float(self._times[0])
-        return float(brentq(lambda time: self._curve(time) - loss, self._times[below - 1], self._times[below]))
+        early, late = self._times[below - 1], self._times[below]
+        if self._curve(late) >= loss:  # a point of the curve itself, but for rounding
+            return float(late)
+        return float(brentq(lambda time: self._curve(time) - loss, early, late))
 
 
 def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result]:
