@@ -423,8 +423,8 @@ def dropbp_backend(
     Args:
         rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1): at each training step, or,
             with a schedule, over the run.
-        policy: what stands in for ``rate``, ``pattern``, ``schedule``, ``allocation`` and ``activation_memory_budget`` where
-            they are ``None`` (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
+        policy: what stands in for ``rate``, ``pattern``, ``schedule`` and ``allocation`` where they are ``None``
+            (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
             0.5. "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one
             after the other, a quarter of the backward in all; it must be told of the run's progress.
         granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
@@ -448,7 +448,7 @@ def dropbp_backend(
             then unbiased.
         activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
             compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
-            region). ``None`` leaves PyTorch's setting, which saves all, unless the policy has one; 1 saves all.
+            region). ``None`` leaves PyTorch's setting, which saves all.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -460,8 +460,6 @@ def dropbp_backend(
         TypeError, ValueError: a bad value, before anything is compiled.
     """
     preset = resolve_preset(policy)
-    if activation_memory_budget is None:
-        activation_memory_budget = preset.activation_memory_budget
     config = BackendConfig.checked(
         preset.rate if rate is None else rate,
         granularity=granularity,

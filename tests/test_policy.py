@@ -364,18 +364,13 @@ def test_the_default_policy_is_the_papers() -> None:
         "constant",
         "uniform",
     )
-    assert config.activation_memory_budget is None
 
 
 def test_a_policy_stands_in_for_what_is_not_given() -> None:
     config = dropbp_backend(policy="progressive_freezing")._config
     assert (config.rate, config.pattern, config.schedule) == (0.25, LowestPattern(), "late_ramp")
-    assert config.activation_memory_budget == 0.5
-    config = dropbp_backend(
-        0.4, policy="progressive_freezing", pattern="window", schedule=LateRamp(0.5, 0.8), activation_memory_budget=1
-    )._config
+    config = dropbp_backend(0.4, policy="progressive_freezing", pattern="window", schedule=LateRamp(0.5, 0.8))._config
     assert (config.rate, config.pattern, config.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
-    assert config.activation_memory_budget == 1.0
     assert dropbp_backend(0.0, policy="progressive_freezing").rate == 0.0  # zero is a rate that was given
 
 

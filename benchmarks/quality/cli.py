@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import Record
 from benchmarks.processes import Clock
-from benchmarks.quality import report, statistics
+from benchmarks.quality import endurance, report, statistics
 from benchmarks.quality.methods import EXACT, methods
 from benchmarks.quality.tasks import SHIFTS, SIZES, TUNINGS, Task, Workshop
 from benchmarks.quality.training import Plan, before_tuning, run
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistics", action="store_true", help="bias and variance of gradients, instead of trainings"
     )
+    parser.add_argument(
+        "--endurance",
+        action="store_true",
+        help="one long run a contestant (--steps), watched, and resumed from its middle, instead of trainings",
+    )
     parser.add_argument("--by-flops", action="store_true", help="in the tables, let FLOPs stand for time")
     parser.add_argument("--list", action="store_true", help="only print what the contestants are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
@@ -78,6 +83,13 @@ def main(chosen: argparse.Namespace) -> None:
             for record in statistics.measure(workshop, task, contestants, learning_rate=lr):
                 _keep(file, record)
         report.show_statistics(file.run.records)
+        return
+    if chosen.endurance:
+        for task, name, rate in itertools.product(tasks, chosen.contestants, chosen.rates):
+            lr = (chosen.lrs or _RATES[task.tuning])[0]
+            for record in endurance.endure(workshop, task, name, rate, learning_rate=lr):
+                _keep(file, record)
+        report.show_endurance(file.run.records)
         return
     plans = [(task, plan) for task in tasks for plan in _plans(chosen, task)]
     for task, plan in (progress := tqdm(plans, unit="contestant")):

@@ -100,10 +100,11 @@ def methods() -> dict[str, Method]:
         "suffix, ramp": _engine("suffix, rate from 0 to twice", options={"pattern": "suffix", "schedule": "ramp_up"}),
         "progressive freezing": _engine(
             "exact at first, then the lowest layers are dropped one after the other",
-            options={"policy": "progressive_freezing", "activation_memory_budget": 1.0},
+            options={"policy": "progressive_freezing"},
         ),
         "progressive freezing, budget": _engine(
-            "the same with its memory budget: policy='progressive_freezing'", options={"policy": "progressive_freezing"}
+            "the same with activation_memory_budget=0.5",
+            options={"policy": "progressive_freezing", "activation_memory_budget": 0.5},
         ),
         "lowest, ramp": _engine(
             "the lowest layers, rate from 0 to twice", options={"pattern": "lowest", "schedule": "ramp_up"}

@@ -70,6 +70,23 @@ def _row(result: Result, frontier: Frontier, slower: float | None) -> list[objec
     ]
 
 
+def show_endurance(records: Sequence[Record]) -> None:
+    """Print what a long run looked like, a row a twentieth, and whether resuming it changed anything."""
+    mine = [record for record in records if record["measurement"] == "quality endurance"]
+    for key in dict.fromkeys((record["task"], record["contestant"], record["rate"]) for record in mine):
+        task, contestant, rate = key
+        rows = [record for record in mine if (record["task"], record["contestant"], record["rate"]) == key]
+        print(f"\n{task}, {contestant}, rate {rate:g}, {rows[0]['steps']} steps\n")
+        names = ("part", "loss", "largest_loss", "asked", "realised", "memory_mib", "variants", "graphs")
+        body = [[record[name] for name in names] for record in rows if "part" in record]
+        print(tabulate(body, [name.replace("_", " ") for name in names], tablefmt="github", floatfmt=".4f"))
+        for record in rows:
+            if "resumed_from" in record:
+                same = [name for name in ("same_losses", "same_drops", "same_parameters") if record[name]]
+                told = ", ".join(name.removeprefix("same_") for name in same) or "nothing"
+                print(f"Resumed from the middle, the same bit for bit: {told}.")
+
+
 def show_statistics(records: Sequence[Record]) -> None:
     """Print for each task and point how far gradients are from exact ones, over all layers."""
     keys = ("task", "point", "contestant", "rate")

@@ -17,7 +17,7 @@ from dropbp_fx.policy.rates import Allocation
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a policy's name stands for; ``None`` leaves PyTorch's setting.
+    """What a policy's name stands for.
 
     Attributes:
         about: what it does and when to take it.
@@ -25,7 +25,6 @@ class Preset:
         pattern: a name of :func:`~dropbp_fx.policy.patterns.resolve_pattern`.
         schedule: a name of :func:`~dropbp_fx.policy.ramps.rate_schedule`.
         allocation: "uniform" or "sensitivity".
-        activation_memory_budget: the share of their activations that kept branches save.
     """
 
     about: str
@@ -33,7 +32,6 @@ class Preset:
     pattern: str = "random"
     schedule: str = "constant"
     allocation: Allocation = "uniform"
-    activation_memory_budget: float | None = None
 
 
 def presets() -> dict[str, Preset]:
@@ -48,12 +46,12 @@ def presets() -> dict[str, Preset]:
         "progressive_freezing": Preset(
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
-            "all). Kept layers save half of their activations, so that the first steps need less memory, too. It must be "
-            "told of the run's progress.",
+            "all). It learns more than no dropping in the same time where all parameters are trained, and as much with LoRA "
+            "(docs/quality.md). Memory is that of no dropping at first and falls from then on. It must be told of the "
+            "run's progress.",
             rate=0.25,
             pattern="lowest",
             schedule="late_ramp",
-            activation_memory_budget=0.5,
         ),
     }
 
