@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks.measure import Record
 from benchmarks.results import Run
 
 #: Grey with a contrast of at least 3.9 on white and on near black.
-_INK = "#7d7d7d"
+INK = "#7d7d7d"
 #: Okabe and Ito's colours that stand out on both; ours is the first.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00", "#a0522d", "#777777")
 _MARKERS = "osD^vPX*h"
@@ -24,6 +25,22 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     Raises:
         ValueError: the runs hold nothing that can be drawn.
     """
+    settings = _settings(runs)
+    firsts = _first_steps(runs)
+    panels = len(settings) + bool(firsts)
+    if not panels:
+        raise ValueError("There is nothing to draw: no run holds step times or first steps that did not fail.")
+    with figure(path, panels) as axes:
+        styles = styles_of(record["contestant"] for records in settings.values() for record in records)
+        for axis, (title, records) in zip(axes, settings.items(), strict=False):
+            _time_against_memory(axis, title, records, styles)
+        if firsts:
+            _bars(axes[panels - 1], firsts)
+
+
+@contextlib.contextmanager
+def figure(path: Path, panels: int) -> Iterator[list[Any]]:
+    """Axes of as many panels, two in a row, that are written to an SVG file at the end of the block."""
     try:
         import matplotlib
     except ImportError as error:
@@ -31,30 +48,21 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    settings = _settings(runs)
-    firsts = _first_steps(runs)
-    panels = len(settings) + bool(firsts)
-    if not panels:
-        raise ValueError("There is nothing to draw: no run holds step times or first steps that did not fail.")
-    style = {"svg.hashsalt": "dropbp_fx", "svg.fonttype": "none", "font.size": 9, "text.color": _INK,
-             "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}  # fmt: skip
+    style = {"svg.hashsalt": "dropbp_fx", "svg.fonttype": "none", "font.size": 9, "text.color": INK,
+             "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK}  # fmt: skip
     with matplotlib.rc_context(style):
         columns = min(panels, 2)
         rows = -(-panels // columns)
-        figure, grid = pyplot.subplots(
+        drawn, grid = pyplot.subplots(
             rows, columns, figsize=(5.2 * columns, 4.2 * rows), squeeze=False, layout="constrained"
         )
         axes = list(grid.flat)
-        styles = _styles(settings.values())
-        for axis, (title, records) in zip(axes, settings.items(), strict=False):
-            _time_against_memory(axis, title, records, styles)
-        if firsts:
-            _bars(axes[panels - 1], firsts)
+        yield axes[:panels]
         for axis in axes[panels:]:
             axis.set_visible(False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
-        pyplot.close(figure)
+        drawn.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+        pyplot.close(drawn)
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
@@ -72,10 +80,9 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
     }
 
 
-def _styles(panels: Iterable[Sequence[Record]]) -> dict[str, tuple[str, str]]:
+def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each contestant, the same in every panel."""
-    names = {record["contestant"] for records in panels for record in records}
-    ordered = sorted(names, key=lambda name: (name != "dropbp_fx", name != "torch.compile", name))
+    ordered = sorted(set(names), key=lambda name: (name != "dropbp_fx", name != "torch.compile", name))
     return dict(zip(ordered, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False), strict=False))
 
 
@@ -101,7 +108,7 @@ def _time_against_memory(
         side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         side.set_major_formatter(ScalarFormatter())
         side.set_minor_formatter(NullFormatter())
-    axis.grid(color=_INK, alpha=0.25, which="major")
+    axis.grid(color=INK, alpha=0.25, which="major")
     axis.legend(frameon=False, fontsize=7)
 
 
@@ -127,5 +134,5 @@ def _bars(axis: Any, firsts: Sequence[tuple[str, float, float]]) -> None:
     axis.invert_yaxis()
     axis.set(title="first step", xlabel="seconds")
     axis.tick_params(axis="y", labelsize=7)
-    axis.grid(color=_INK, alpha=0.25, axis="x")
+    axis.grid(color=INK, alpha=0.25, axis="x")
     axis.legend(frameon=False, fontsize=7)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from benchmarks.__main__ import main
 from benchmarks.models import Decoder
-from benchmarks.quality import corpora, statistics
+from benchmarks.quality import corpora, pictures, report, statistics
 from benchmarks.quality.attempts import Attempt, Setting
 from benchmarks.quality.corpora import Batches
 from benchmarks.quality.dropping import Engine
+from benchmarks.quality.endurance import endure
 from benchmarks.quality.frontier import Frontier, Result, results
 from benchmarks.quality.methods import methods
 from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
@@ -424,3 +425,63 @@ def test_the_command_writes_records_and_prints_gaps(
     assert "DropBP as published" in capsys.readouterr().out
     main([*common, "--tunings", "full", "--shifts", "mild", "--contestants", "window", "--statistics", "--steps", "2"])
     assert "added variance" in capsys.readouterr().out
+
+
+# ---- long runs and pictures ------------------------------------------------------------------------------------------
+
+
+def test_a_long_run_is_watched_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workshop = Workshop("tiny", "cpu", "aot_eager", tmp_path, steps=40)
+    found = list(endure(workshop, TASK, "progressive freezing", 0.5, learning_rate=1e-3))
+    *parts, last = found
+    assert [record["part"] for record in parts] == list(range(20))
+    assert parts[-1]["loss"] < parts[0]["loss"]
+    assert {(record["variants"], record["graphs"]) for record in parts} == {(parts[0]["variants"], 1)}
+    asked, realised = ([record[name] for record in parts] for name in ("asked", "realised"))
+    assert asked == sorted(asked)
+    assert asked[0] < 0.1
+    assert asked[-1] == pytest.approx(0.75)  # of four layers one is always kept
+    assert sum(realised) == pytest.approx(sum(asked), rel=0.15)
+    assert all(last[name] for name in ("same_losses", "same_drops", "same_parameters"))
+    report.show_endurance(found)
+    out = capsys.readouterr().out
+    assert "progressive freezing, rate 0.5, 40 steps" in out
+    assert "the same bit for bit: losses, drops, parameters." in out
+
+
+def test_a_resumed_run_that_is_another_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop = Workshop("tiny", "cpu", "aot_eager", tmp_path, steps=20)
+    monkeypatch.setattr("dropbp_fx.DropBPBackend.load_state_dict", lambda *_a, **_k: None)
+    last = list(endure(workshop, TASK, "window", 0.5, learning_rate=1e-3))[-1]
+    assert not last["same_parameters"]
+    assert not last["same_losses"]
+
+
+def test_only_methods_of_the_engine_have_long_runs(workshop: Workshop) -> None:
+    with pytest.raises(TypeError, match=r"Only methods of the engine are looked at here; 'none' is none\."):
+        list(endure(workshop, TASK, "none", 0.0, learning_rate=1e-3))
+
+
+def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
+    points = (("none", 0.0, 1.0), ("none", 0.0, 0.5), ("window", 0.5, 1.0), ("checkpointing", 0.0, 0.1))
+    common = {"measurement": "quality", "task": "a task", "lr": 1.0, "step_ms": 1.0, "activation_gib": 0.0}
+    records = [
+        {
+            **common,
+            "contestant": name,
+            "rate": rate,
+            "share": share,
+            "steps": round(100 * share),
+            "seed": seed,
+            "eval_loss": 2 - share + seed / 100,
+            "flops_share": 1 - rate,
+        }
+        for name, rate, share in points
+        for seed in (0, 1)
+    ]
+    pictures.draw(records, tmp_path / "q.svg", by_flops=True)
+    text = (tmp_path / "q.svg").read_text()
+    assert all(f">{word}<" in text for word in ("a task", "no dropping", "window", "0.5", "FLOPs of the run"))
+    assert "checkpointing" not in text
+    with pytest.raises(ValueError, match="no task has a run of the contestant 'none' with all of its steps"):
+        pictures.draw(records[4:], tmp_path / "q.svg", by_flops=True)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import Record
 from benchmarks.processes import Clock
-from benchmarks.quality import endurance, report, statistics
+from benchmarks.quality import endurance, pictures, report, statistics
 from benchmarks.quality.methods import EXACT, methods
 from benchmarks.quality.tasks import SHIFTS, SIZES, TUNINGS, Task, Workshop
 from benchmarks.quality.training import Plan, before_tuning, run
@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by-flops", action="store_true", help="in the tables, let FLOPs stand for time")
     parser.add_argument("--list", action="store_true", help="only print what the contestants are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
+    parser.add_argument(
+        "--plot", type=Path, metavar="SVG", help="with --report: draw the files' losses against time, too"
+    )
 
 
 def main(chosen: argparse.Namespace) -> None:
@@ -66,6 +69,10 @@ def main(chosen: argparse.Namespace) -> None:
     if chosen.report:
         records = [record for path in chosen.report for one in load(path) for record in one.records]
         report.show(records, by_flops=chosen.by_flops)
+        report.show_statistics(records)
+        report.show_endurance(records)
+        if chosen.plot:
+            pictures.draw(records, chosen.plot, by_flops=chosen.by_flops)
         return
     clock = Clock(chosen.time_limit)
     file = ResultsFile(chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append)

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._dynamo.utils import counters
 
 from benchmarks.measure import Record, synchronize
 from benchmarks.models import Decoder
@@ -118,7 +117,7 @@ class _Run:
             "asked": asked / (end - begin),
             "memory_mib": round(_memory(device) / 2**20, 2),
             "variants": backend.stats.compiled_variants,
-            "graphs": counters["stats"]["unique_graphs"],
+            "graphs": backend.stats.graphs,
         }
 
 

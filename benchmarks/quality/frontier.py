@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -66,6 +66,14 @@ class Frontier:
         if self._curve(late) >= loss:  # a point of the curve itself, but for rounding
             return float(late)
         return float(brentq(lambda time: self._curve(time) - loss, early, late))
+
+
+def results_by_task(records: Sequence[Record], *, by_flops: bool = False) -> Iterator[tuple[str, list[Result]]]:
+    """Each task's name and :func:`results`, for those tasks that have a run of "none" to compare with."""
+    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
+        found = results([record for record in records if record["task"] == task], by_flops=by_flops)
+        if found:
+            yield task, found
 
 
 def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tabulate import tabulate
 
 from benchmarks.measure import Record
-from benchmarks.quality.frontier import Frontier, Result, results
+from benchmarks.quality.frontier import Frontier, Result, results_by_task
 from benchmarks.quality.methods import EXACT, methods
 
 _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none", "gap", "same time, checkpointed", "gap",
@@ -17,20 +18,13 @@ _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none",
 
 def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
     """Print a table for each task."""
-    for task, found in _results(records, by_flops=by_flops):
+    for task, found in results_by_task(records, by_flops=by_flops):
         print(f"\n{task}\n")
         print(tabulate(_rows(found), _HEADERS, tablefmt="github", floatfmt=".3f"))
         for result in found:
             if result.contestant in EXACT and result.memory is not None:
                 print(f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of "
                       f"the time of none, and {result.memory:.3f} of the memory.")  # fmt: skip
-
-
-def _results(records: Sequence[Record], *, by_flops: bool) -> Iterator[tuple[str, list[Result]]]:
-    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
-        found = results([record for record in records if record["task"] == task], by_flops=by_flops)
-        if found:
-            yield task, found
 
 
 def _rows(found: Sequence[Result]) -> list[list[object]]:
@@ -94,6 +88,8 @@ def show_statistics(records: Sequence[Record]) -> None:
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in good:
         groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    if not groups:
+        return
     headers = [*keys, "sampling variance", "bias", "added variance", "cosine of means", "mean cosine, kept"]
     rows = [[*group, *_over_layers(mine)] for group, mine in groups.items()]
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".3f"))
@@ -107,7 +103,8 @@ def _over_layers(mine: Sequence[Record]) -> list[float]:
         total = sum(weight * record[figure] ** power for weight, record in zip(weights, mine, strict=True) if weight)
         return total / sum(weights)
 
-    kept = statistics.fmean(record["kept_cosine"] for record in mine)
+    cosines = [record["kept_cosine"] for record in mine if record["kept"]]
+    kept = statistics.fmean(cosines) if cosines else math.nan
     return [mean("sampling_variance"), mean("bias", 2) ** 0.5, mean("added_variance"), mean("cosine"), kept]
 
 

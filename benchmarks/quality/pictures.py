@@ -1,0 +1,55 @@
+"""Draw held-out loss against time: each contestant beside the curve of no dropping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Record
+from benchmarks.plots import INK, figure, styles_of
+from benchmarks.quality.frontier import Result, results_by_task
+from benchmarks.quality.methods import EXACT
+
+
+def draw(records: Sequence[Record], path: Path, *, by_flops: bool) -> None:
+    """Draw a panel for each task into an SVG file; bars are standard deviations over seeds.
+
+    Raises:
+        ValueError: the records hold no task with runs of "none".
+    """
+    tasks = [
+        (task, [result for result in found if result.contestant not in EXACT])
+        for task, found in results_by_task(records, by_flops=by_flops)
+    ]
+    if not tasks:
+        raise ValueError("There is nothing to draw: no task has a run of the contestant 'none' with all of its steps.")
+    styles = styles_of(result.contestant for _, found in tasks for result in found if result.contestant != "none")
+    with figure(path, len(tasks)) as axes:
+        for axis, (task, found) in zip(axes, tasks, strict=True):
+            for name in ("none", *styles):
+                mine = sorted((result for result in found if result.contestant == name), key=lambda r: r.time)
+                if mine:
+                    colour, marker = styles.get(name, (INK, "o"))
+                    _line(axis, name, mine, colour, marker)
+            axis.set(title=task, xlabel="FLOPs of the run" if by_flops else "time of the run", ylabel="held-out loss")
+            axis.grid(color=INK, alpha=0.25)
+            axis.legend(frameon=False, fontsize=7)
+
+
+def _line(axis: Any, name: str, results: Sequence[Result], colour: str, marker: str) -> None:
+    axis.errorbar(
+        [result.time for result in results],
+        [result.loss for result in results],
+        yerr=[result.spread or 0.0 for result in results],
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=2.2 if name == "none" else 1.0,
+        label="no dropping" if name == "none" else name,
+    )
+    if name == "none":
+        return
+    for result in results:
+        axis.annotate(f"{result.rate:g}", (result.time, result.loss), (4, 3), textcoords="offset points", fontsize=7,
+                      color=colour)  # fmt: skip
