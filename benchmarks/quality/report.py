@@ -20,7 +20,10 @@ def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
     """Print a table for each task."""
     for task, found in results_by_task(records, by_flops=by_flops):
         print(f"\n{task}\n")
-        print(tabulate(_rows(found), _HEADERS, tablefmt="github", floatfmt=".3f"))
+        rows = _rows(found)
+        known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
+        table = [[row[number] for number in known] for row in rows]
+        print(tabulate(table, [_HEADERS[number] for number in known], tablefmt="github", floatfmt=".3f"))
         for result in found:
             if result.contestant in EXACT and result.memory is not None:
                 print(f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of "
