@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from benchmarks import projection
 from benchmarks.measure import Record
+from benchmarks.pages import filled
 from benchmarks.processes import ROOT
 from benchmarks.results import Run, load
 
@@ -46,28 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.page is None:
         print(text(runs, alone))
     else:
-        chosen.page.write_text(filled(chosen.page.read_text(), runs, alone))
+        chosen.page.write_text(filled(chosen.page.read_text(), tables(runs, alone)))
 
 
 def text(runs: Sequence[Run], alone: Sequence[Run] = ()) -> str:
     """All tables that have rows, each under its name."""
     return "\n".join(f"\n{name}\n\n{table}" for name, table in tables(runs, alone).items() if table)
-
-
-def filled(page: str, runs: Sequence[Run], alone: Sequence[Run]) -> str:
-    """A page with its tables anew.
-
-    Raises:
-        ValueError: it asks for a table there is none of.
-    """
-    made = tables(runs, alone)
-
-    def table(match: re.Match[str]) -> str:
-        if match[1] not in made:
-            raise ValueError(f"The page asks for a table {match[1]!r}; there are {', '.join(map(repr, made))}.")
-        return f"<!-- table: {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end of table -->"
-
-    return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end of table -->", table, page, flags=re.DOTALL)
 
 
 def tables(runs: Sequence[Run], alone: Sequence[Run] = ()) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import distributed_tables, projection
 from benchmarks.distributed_failures import Rank
 from benchmarks.measure import Record
+from benchmarks.pages import filled
 from benchmarks.projection import Fabric, Projected, communication_ms, project
 from benchmarks.results import Run, load
 
@@ -131,15 +132,15 @@ def test_what_is_kept_of_a_speed_up_compares_with_one_device() -> None:
 
 
 def test_a_page_gets_its_tables_anew() -> None:
-    runs = [run_of(record("torch.compile", None, 120.0))]
+    tables = distributed_tables.tables([run_of(record("torch.compile", None, 120.0))])
     page = "Before.\n\n<!-- table: steps -->\nold\n<!-- end of table -->\n\nAfter.\n"
-    filled = distributed_tables.filled(page, runs, [])
-    assert "old" not in filled
-    assert filled.startswith("Before.\n\n<!-- table: steps -->\n\n| suite")
-    assert filled.endswith("|\n\n<!-- end of table -->\n\nAfter.\n")
-    assert distributed_tables.filled(filled, runs, []) == filled
+    anew = filled(page, tables)
+    assert "old" not in anew
+    assert anew.startswith("Before.\n\n<!-- table: steps -->\n\n| suite")
+    assert anew.endswith("|\n\n<!-- end of table -->\n\nAfter.\n")
+    assert filled(anew, tables) == anew
     with pytest.raises(ValueError, match="The page asks for a table 'speed'; there are 'steps', 'losses'"):
-        distributed_tables.filled(page.replace("steps", "speed"), runs, [])
+        filled(page.replace("steps", "speed"), tables)
 
 
 def test_the_pages_tables_are_those_of_the_files() -> None:
@@ -147,5 +148,6 @@ def test_the_pages_tables_are_those_of_the_files() -> None:
     runs = [run for file in distributed_tables.FILES for run in load(file)]
     alone = [run for file in distributed_tables.ALONE for run in load(file)]
     page = PAGE.read_text()
-    assert re.findall("<!-- table: (.*) -->", page) == list(distributed_tables.tables(runs, alone))
-    assert distributed_tables.filled(page, runs, alone) == page
+    tables = distributed_tables.tables(runs, alone)
+    assert re.findall("<!-- table: (.*) -->", page) == list(tables)
+    assert filled(page, tables) == page

@@ -443,9 +443,9 @@ def test_a_long_run_is_watched_and_resumed(tmp_path: Path, capsys: pytest.Captur
     assert asked[-1] == pytest.approx(0.75)  # of four layers one is always kept
     assert sum(realised) == pytest.approx(sum(asked), rel=0.15)
     assert all(last[name] for name in ("same_losses", "same_drops", "same_parameters"))
-    report.show_endurance(found)
+    report.show(found)
     out = capsys.readouterr().out
-    assert "progressive freezing, rate 0.5, 40 steps" in out
+    assert "endurance: tiny, strong, full, progressive freezing, rate 0.5, 40 steps" in out
     assert "the same bit for bit: losses, drops, parameters." in out
 
 

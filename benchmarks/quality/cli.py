@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measure import Record
+from benchmarks.pages import filled
 from benchmarks.processes import Clock
 from benchmarks.quality import endurance, pictures, report, statistics
 from benchmarks.quality.methods import EXACT, methods
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="only print what the contestants are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
     parser.add_argument(
+        "--page", type=Path, help="with --report: put the tables into this page instead of printing them"
+    )
+    parser.add_argument(
         "--plot", type=Path, metavar="SVG", help="with --report: draw the files' losses against time, too"
     )
 
@@ -68,9 +72,10 @@ def main(chosen: argparse.Namespace) -> None:
         return
     if chosen.report:
         records = [record for path in chosen.report for one in load(path) for record in one.records]
-        report.show(records, by_flops=chosen.by_flops)
-        report.show_statistics(records)
-        report.show_endurance(records)
+        if chosen.page is None:
+            report.show(records, by_flops=chosen.by_flops)
+        else:
+            chosen.page.write_text(filled(chosen.page.read_text(), report.tables(records, by_flops=chosen.by_flops)))
         if chosen.plot:
             pictures.draw(records, chosen.plot, by_flops=chosen.by_flops)
         return
@@ -89,14 +94,14 @@ def main(chosen: argparse.Namespace) -> None:
             lr = (chosen.lrs or _RATES[task.tuning])[0]
             for record in statistics.measure(workshop, task, contestants, learning_rate=lr):
                 _keep(file, record)
-        report.show_statistics(file.run.records)
+        report.show(file.run.records)
         return
     if chosen.endurance:
         for task, name, rate in itertools.product(tasks, chosen.contestants, chosen.rates):
             lr = (chosen.lrs or _RATES[task.tuning])[0]
             for record in endurance.endure(workshop, task, name, rate, learning_rate=lr):
                 _keep(file, record)
-        report.show_endurance(file.run.records)
+        report.show(file.run.records)
         return
     plans = [(task, plan) for task in tasks for plan in _plans(chosen, task)]
     for task, plan in (progress := tqdm(plans, unit="contestant")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -16,18 +15,33 @@ _HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none",
             "time of none to this loss", "memory")  # fmt: skip
 
 
+def tables(records: Sequence[Record], *, by_flops: bool = False) -> dict[str, str]:
+    """Markdown tables by the name of what they are about: each task, its gradient statistics, its long runs."""
+    return {
+        **{task: _losses(found) for task, found in results_by_task(records, by_flops=by_flops)},
+        **_statistics(records),
+        **_long_runs(records),
+    }
+
+
 def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
-    """Print a table for each task."""
-    for task, found in results_by_task(records, by_flops=by_flops):
-        print(f"\n{task}\n")
-        rows = _rows(found)
-        known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
-        table = [[row[number] for number in known] for row in rows]
-        print(tabulate(table, [_HEADERS[number] for number in known], tablefmt="github", floatfmt=".3f"))
-        for result in found:
-            if result.contestant in EXACT and result.memory is not None:
-                print(f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of "
-                      f"the time of none, and {result.memory:.3f} of the memory.")  # fmt: skip
+    """Print all tables."""
+    for name, table in tables(records, by_flops=by_flops).items():
+        print(f"\n{name}\n\n{table}")
+
+
+def _losses(found: Sequence[Result]) -> str:
+    rows = _rows(found)
+    known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
+    table = [[row[number] for number in known] for row in rows]
+    text = tabulate(table, [_HEADERS[number] for number in known], tablefmt="github", floatfmt=".3f")
+    steps = [
+        f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
+        f"and {result.memory:.3f} of the memory."
+        for result in found
+        if result.contestant in EXACT and result.memory is not None
+    ]
+    return "\n\n".join([text, *steps])
 
 
 def _rows(found: Sequence[Result]) -> list[list[object]]:
@@ -67,38 +81,41 @@ def _row(result: Result, frontier: Frontier, slower: float | None) -> list[objec
     ]
 
 
-def show_endurance(records: Sequence[Record]) -> None:
-    """Print what a long run looked like, a row a twentieth, and whether resuming it changed anything."""
+def _long_runs(records: Sequence[Record]) -> dict[str, str]:
+    """What a long run looked like, a row a twentieth, and whether resuming it changed anything."""
     mine = [record for record in records if record["measurement"] == "quality endurance"]
+    found = {}
     for key in dict.fromkeys((record["task"], record["contestant"], record["rate"]) for record in mine):
         task, contestant, rate = key
         rows = [record for record in mine if (record["task"], record["contestant"], record["rate"]) == key]
-        print(f"\n{task}, {contestant}, rate {rate:g}, {rows[0]['steps']} steps\n")
         names = ("part", "loss", "largest_loss", "asked", "realised", "memory_mib", "variants", "graphs")
         body = [[record[name] for name in names] for record in rows if "part" in record]
-        print(tabulate(body, [name.replace("_", " ") for name in names], tablefmt="github", floatfmt=".4f"))
+        text = tabulate(body, [name.replace("_", " ") for name in names], tablefmt="github", floatfmt=".3f")
         for record in rows:
             if "resumed_from" in record:
                 same = [name for name in ("same_losses", "same_drops", "same_parameters") if record[name]]
                 told = ", ".join(name.removeprefix("same_") for name in same) or "nothing"
-                print(f"Resumed from the middle, the same bit for bit: {told}.")
+                text += f"\n\nResumed from the middle, the same bit for bit: {told}."
+        found[f"endurance: {task}, {contestant}, rate {rate:g}, {rows[0]['steps']} steps"] = text
+    return found
 
 
-def show_statistics(records: Sequence[Record]) -> None:
-    """Print for each task and point how far gradients are from exact ones, over all layers."""
-    keys = ("task", "point", "contestant", "rate")
+def _statistics(records: Sequence[Record]) -> dict[str, str]:
+    """For each task and point, how far gradients are from exact ones, over all layers."""
+    keys = ("point", "contestant", "rate")
     good = [r for r in records if r["measurement"] == "quality statistics" and "error" not in r and r["part"] != "rest"]
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in good:
-        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
-    if not groups:
-        return
     headers = [*keys, "sampling variance", "bias", "added variance", "cosine of means", "mean cosine, kept"]
-    rows = [[*group, *_over_layers(mine)] for group, mine in groups.items()]
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3f"))
+    found = {}
+    for task in dict.fromkeys(record["task"] for record in good):
+        groups: dict[tuple[object, ...], list[Record]] = {}
+        for record in (record for record in good if record["task"] == task):
+            groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+        rows = [[*group, *_over_layers(mine)] for group, mine in groups.items()]
+        found[f"statistics: {task}"] = tabulate(rows, headers, tablefmt="github", floatfmt=".3f", missingval="")
+    return found
 
 
-def _over_layers(mine: Sequence[Record]) -> list[float]:
+def _over_layers(mine: Sequence[Record]) -> list[float | None]:
     """Figures of all layers together: squares add up, weighted by the squared norms that they are shares of."""
     weights = [record["norm"] ** 2 for record in mine]
 
@@ -107,7 +124,7 @@ def _over_layers(mine: Sequence[Record]) -> list[float]:
         return total / sum(weights)
 
     cosines = [record["kept_cosine"] for record in mine if record["kept"]]
-    kept = statistics.fmean(cosines) if cosines else math.nan
+    kept = statistics.fmean(cosines) if cosines else None
     return [mean("sampling_variance"), mean("bias", 2) ** 0.5, mean("added_variance"), mean("cosine"), kept]
 
 

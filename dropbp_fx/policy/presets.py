@@ -46,8 +46,8 @@ def presets() -> dict[str, Preset]:
         "progressive_freezing": Preset(
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
-            "all). It learns more than no dropping of the same FLOPs where all parameters are trained, and as much with LoRA "
-            "(docs/quality.md). Memory is that of no dropping at first and falls from then on. It must be told of the "
+            "all). It learns more than no dropping of the same FLOPs where all parameters are trained, and as much with "
+            "LoRA (docs/quality.md). Memory is that of no dropping at first and falls from then on. It must be told of the "
             "run's progress.",
             rate=0.25,
             pattern="lowest",
