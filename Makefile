@@ -19,10 +19,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format docs bench clean ci
+.PHONY: help install demo test test-all lint types format docs bench clean ci
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## create .venv and install the package into it, editable, with all extras as pinned in constraints.txt
@@ -38,7 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train a small Llama on the CPU with and without dropping, and compare (flags: DEMO_ARGS="--steps 40")
 	$(BIN)/python examples/finetune_llama.py $(DEMO_ARGS)
 
-test: $(STAMP) ## run the tests (flags: TEST_ARGS="-k prune")
+test: $(STAMP) ## run the tests of what the package does (flags: TEST_ARGS="-k prune")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not thorough" $(TEST_ARGS)
+
+test-all: $(STAMP) ## run the tests with every model family, adapter, example and process group, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
 
 lint: $(STAMP) ## check style with ruff

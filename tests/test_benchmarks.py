@@ -20,6 +20,8 @@ from benchmarks.longest import Search
 from benchmarks.measure import Record, Request, measure
 from benchmarks.results import ResultsFile, Run, load
 
+pytestmark = pytest.mark.thorough
+
 #: For each knob a value at which nothing is dropped.
 EXACT = {"rate": 0.0, "share": 0.5, "budget": 0.5, None: None}
 

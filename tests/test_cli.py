@@ -13,6 +13,8 @@ import transformers as hf
 
 from dropbp_fx.inspect import cli, doctor
 
+pytestmark = pytest.mark.thorough
+
 TINY = ["--set", "num_hidden_layers=2", "--set", "hidden_size=64", "--set", "intermediate_size=96"]
 TINY += ["--set", "num_attention_heads=4", "--set", "num_key_value_heads=2", "--set", "vocab_size=100", "--seq", "16"]
 TINY += ["--inner", "aot_eager"]

@@ -58,6 +58,8 @@ from dropbp_fx.distributed import (
 )
 from tests.oracle import detached
 
+pytestmark = pytest.mark.thorough
+
 WORLD = 2
 Check = Callable[[int, Path], None]
 

@@ -16,6 +16,8 @@ from benchmarks.pages import filled
 from benchmarks.projection import Fabric, Projected, communication_ms, project
 from benchmarks.results import Run, load
 
+pytestmark = pytest.mark.thorough
+
 PAGE = Path(__file__).parent.parent / "docs" / "distributed-performance.md"
 #: 1 GB a ms within a node, a tenth of it between nodes, nothing lost.
 PLAIN = Fabric(node=4, inside_gb_s=1000.0, between_gb_s=100.0, efficiency=1.0, inside_us=0.0, between_us=0.0)

@@ -19,6 +19,8 @@ import torch
 from dropbp_fx.inspect import cli
 from tests.matrix import FAMILIES
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path

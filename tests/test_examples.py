@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 
 def example(name: str) -> Any:
     path = Path(__file__).parent.parent / "examples" / f"{name}.py"

@@ -19,6 +19,8 @@ from dropbp_fx import dropbp_backend
 from tests.matrix import family
 from tests.test_models import ResidualMLP, X, language_loss, square_loss
 
+pytestmark = pytest.mark.thorough
+
 
 def boxed(gm: torch.fx.GraphModule, _inputs: Any) -> Any:
     from functorch.compile import make_boxed_func

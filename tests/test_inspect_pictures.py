@@ -18,6 +18,8 @@ from dropbp_fx.inspect import Explanation, record_patterns
 from dropbp_fx.inspect.graph_view import GraphView, view_layer
 from tests.test_models import IDS, SMALL, ResidualMLP, X, square_loss
 
+pytestmark = pytest.mark.thorough
+
 CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz (the program dot) is not installed")

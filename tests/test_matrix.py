@@ -18,6 +18,8 @@ from dropbp_fx import dropbp_backend
 from tests.matrix import FAMILIES, Family, language_loss
 from tests.oracle import DetachPoint, assert_equal, assert_exact, compiled, eager, some_patterns
 
+pytestmark = pytest.mark.thorough
+
 BY_NAME = {family.name: family for family in FAMILIES}
 
 

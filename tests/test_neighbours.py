@@ -18,6 +18,8 @@ from tests.matrix import family, language_loss
 from tests.oracle import Result, assert_equal, assert_exact, eager
 from tests.test_models import ResidualMLP, square_loss
 
+pytestmark = pytest.mark.thorough
+
 POINTS = ["blocks.0", "blocks.1", "blocks.2"]
 LLAMA_BRANCHES = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
 PATTERNS: list[list[int]] = [[], [1], [0, 2], [0, 1]]

@@ -18,6 +18,8 @@ from tests.matrix import GROUPED, IDS, LLAMA_LIKE
 from tests.oracle import detached
 from tests.test_models import ResidualMLP, X
 
+pytestmark = pytest.mark.thorough
+
 POINTS = ["blocks.0", "blocks.1", "blocks.2"]
 PATTERNS: list[list[int]] = [[0], [1, 2], [], [2], [0, 1], [1], [0, 2], []]
 STEPS = 5

@@ -15,6 +15,8 @@ from dropbp_fx import dropbp_backend
 from tests.matrix import family, language_loss
 from tests.oracle import assert_exact, detached, some_patterns
 
+pytestmark = pytest.mark.thorough
+
 #: peft puts a wrapper around the model and one around that; a branch is named by where it is, which get_submodule() takes.
 BRANCHES = [f"base_model.model.model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
 ATTENTION = [0, 2]

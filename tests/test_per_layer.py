@@ -14,6 +14,8 @@ from dropbp_fx import DropBPBackend, dropbp_backend, explain
 from dropbp_fx.inspect import record_patterns
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager
 
+pytestmark = pytest.mark.thorough
+
 DEPTH = 4
 X = torch.linspace(-1, 1, 24).reshape(3, 8).cos()
 

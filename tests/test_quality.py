@@ -31,6 +31,8 @@ from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
 from dropbp_fx.policy.sampling import Unit
 from tests.oracle import detached
 
+pytestmark = pytest.mark.thorough
+
 TASK = Task("tiny", "strong", "full")
 
 

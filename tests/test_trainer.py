@@ -21,6 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dropbp_fx.integrations.transformers import DropBPCallback
 
+pytestmark = pytest.mark.thorough
+
 TOKENS = 24
 STEPS = 8
 SHAPE: dict[str, Any] = {
