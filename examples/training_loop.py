@@ -28,19 +28,21 @@ def main() -> None:
     inputs = torch.randn(4096, 32)
     targets = inputs[:, :8].prod(dim=1, keepdim=True).tanh() + inputs.sin().mean(dim=1, keepdim=True)
 
-    backend = dropbp_backend(rate=0.5, seed=0)  # 1. half of the branches get no backward
+    # 1. Half of the branches' backward is left out over the run; which half is what a policy is about (docs/policy.md).
+    backend = dropbp_backend(rate=0.5, policy="progressive_freezing", seed=0)
     compiled = torch.compile(model, backend=backend)  # 2. as always with torch.compile
 
     steps = 100
     for step in range(steps):
-        backend.rate = 0.5 * step / steps  # 3. optional: the rate may change at any step, without recompiling
+        backend.progress = step / steps  # 3. for policies and schedules that change over the run; nothing is recompiled
         batch = torch.randint(len(inputs), (256,))
         loss = nn.functional.mse_loss(compiled(inputs[batch]), targets[batch])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # a dropped branch's gradients stay None: the optimizer skips them
         if step % 25 == 24:
-            print(f"step {step + 1}: loss {loss.item():.4f}, rate asked for {backend.rate:.3f}")
+            frozen = sum(branch.rate for branch in backend.branches) / len(backend.branches)
+            print(f"step {step + 1}: loss {loss.item():.4f}, rate at this point {frozen:.3f}")
 
     print(f"{len(backend.branches)} branches: {', '.join(branch.name for branch in backend.branches)}")
     print(f"{backend.stats.realised_rate:.3f} of the branches were dropped over {backend.stats.forwards} forwards")

@@ -292,6 +292,17 @@ def test_a_late_ramp_has_the_rate_as_its_mean_and_ends_at_the_highest(rate: floa
     assert (schedule(0.0) == 0.0) == (rate <= 0.475)
 
 
+def test_a_late_ramp_of_rate_zero_never_begins() -> None:
+    backend, run = compile_model(ResidualMLP(), 0.25, policy="progressive_freezing")
+    square_loss(run)
+    backend.rate = 0.0
+    for progress in (0.0, 0.5, 1.0):
+        backend.progress = progress
+        assert set(backend.rates.values()) == {0.0}
+    with pytest.raises(ValueError, match=r"begin must be in \[0, 1\), not 1: it is the share of the run that is done"):
+        LateRamp(1, 0.5)
+
+
 def test_a_rate_above_the_highest_ends_a_late_ramp_there() -> None:
     schedule = rate_schedule("late_ramp", 0.99, 0.95)
     assert [schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.95] * 3

@@ -27,10 +27,20 @@ class Ramp:
 
 @dataclasses.dataclass(frozen=True)
 class LateRamp:
-    """Nothing until ``begin``, a progress in [0, 1), then a straight line to ``end``, the rate at the end of the run."""
+    """Nothing until ``begin``, a progress in [0, 1), then a straight line to ``end``, the rate at the end of the run.
+
+    Raises:
+        ValueError: ``begin`` is out of range.
+    """
 
     begin: float
     end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < 1:
+            raise ValueError(
+                f"begin must be in [0, 1), not {self.begin!r}: it is the share of the run that is done when the ramp begins."
+            )
 
     def __call__(self, progress: float) -> float:
         """The rate at ``progress``."""
@@ -60,6 +70,8 @@ def rate_schedule(schedule: str | RateSchedule, rate: float, max_rate: float) ->
         return schedule
     if schedule == "late_ramp":
         begin = 1.0 - 2.0 * rate / max_rate
+        if begin == 1.0:
+            return Ramp(0.0, 0.0)
         return LateRamp(begin, max_rate) if begin >= 0.0 else Ramp(min(2.0 * rate - max_rate, max_rate), max_rate)
     top = min(2 * rate, max_rate)
     return {"constant": Ramp(rate, rate), "ramp_up": Ramp(0.0, top), "ramp_down": Ramp(top, 0.0)}.get(
