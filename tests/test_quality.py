@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from benchmarks.__main__ import main
 from benchmarks.models import Decoder
+from benchmarks.pages import filled
+from benchmarks.processes import ROOT
 from benchmarks.quality import corpora, pictures, report, statistics
 from benchmarks.quality.attempts import Attempt, Setting
 from benchmarks.quality.corpora import Batches
@@ -487,3 +490,13 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
     assert "checkpointing" not in text
     with pytest.raises(ValueError, match="no task has a run of the contestant 'none' with all of its steps"):
         pictures.draw(records[4:], tmp_path / "q.svg", by_flops=True)
+
+
+def test_the_pages_tables_are_those_of_the_files() -> None:
+    """After new results: quality --by-flops --report benchmarks/results/*-quality-*.json --page docs/quality.md"""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
+    records = [record for file in files for run in load(file) for record in run.records]
+    page = (ROOT / "docs" / "quality.md").read_text()
+    tables = report.tables(records, by_flops=True)
+    assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)
+    assert filled(page, tables) == page
