@@ -34,6 +34,7 @@ _COMMON_OF_TASKS = {"measurement", "task", "size", "shift", "tuning"}
 _FIGURES_OF_TASKS = {
     "quality": {"contestant", "rate", "share", "steps", "lr", "seed", "eval_loss", "step_ms", "activation_gib"},
     "quality statistics": {"contestant", "rate", "point", "part", "norm", "bias", "added_variance", "cosine"},
+    "quality endurance": {"contestant", "rate", "steps", "lr"},
     "quality before": {"eval_loss", "pretraining_loss"},
 }
 

@@ -88,7 +88,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rate": "0.5"}, TypeError, r"rate must be a number in \[0, 1\), not '0\.5'"),
     ({"rate": True}, TypeError, r"rate must be a number in \[0, 1\), not True"),
     ({"rate": False}, TypeError, r"rate must be a number in \[0, 1\), not False"),
-    ({"rate": None}, TypeError, r"rate must be a number in \[0, 1\), not None"),
+    ({"rate": [0.5]}, TypeError, r"rate must be a number in \[0, 1\), not \[0\.5\]"),
     ({"rate": 0.5j}, TypeError, r"rate must be a number in \[0, 1\), not 0\.5j"),
     ({"granularity": "block"}, ValueError, r"granularity must be one of 'branch', 'layer', not 'block'"),
     ({"granularity": "Layer"}, ValueError, r"granularity must be one of 'branch', 'layer', not 'Layer'"),
