@@ -312,7 +312,7 @@ def test_the_backend_by_name() -> None:
         missing += sum(g is None for g in compiled(model, square_loss, run).gradients.values())
     assert missing > 0
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="has no option 'rats'; its options are rate, granularity"):
+    with pytest.raises(Exception, match="has no option 'rats'; its options are rate, policy, granularity"):
         square_loss(torch.compile(model, backend=dropbp, options={"rats": 0.6}))
 
 
