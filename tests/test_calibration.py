@@ -25,6 +25,8 @@ from tests.helpers import compile_model
 from tests.oracle import DetachPoint, eager
 from tests.test_models import IDS, SMALL, ResidualMLP, language_loss, square_loss
 
+pytestmark = pytest.mark.thorough
+
 METRICS = ("gradnorm", "gradient")
 Loss = Callable[[Any], Tensor]
 

@@ -28,6 +28,8 @@ from tests.matrix import LLAMA_LIKE, language_loss
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager
 from tests.test_models import SMALL, X
 
+pytestmark = pytest.mark.thorough
+
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 

@@ -202,6 +202,7 @@ print(json.dumps({name: counters["inductor"][name] for name in ("fxgraph_cache_h
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 def test_a_second_process_starts_from_the_disk_cache_and_mixes_no_variants_up(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}

@@ -163,7 +163,9 @@ def test_a_refusal_by_name_shows_through_torch_compile(counting: CountingCompile
 
 
 def test_an_unknown_option_by_name_is_refused_with_the_list_of_options(counting: CountingCompiler) -> None:
-    text = r"backend 'dropbp' has no option 'rat'; its options are rate, policy, granularity, pattern, .*, seed, strict\."
+    text = (
+        r"backend 'dropbp' has no option 'rat'; its options are rate, policy, granularity, pattern, .*, seed, strict\."
+    )
     with refused_while_compiling(ValueError, text + r" Options for Inductor go into the option named 'options'"):
         torch.compile(Residual(), backend=dropbp, options={"rat": 0.5})(torch.randn(2, 4))
     assert counting.calls == 0

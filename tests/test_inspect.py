@@ -25,6 +25,8 @@ from dropbp_fx.policy.sampling import Unit
 from tests.matrix import family
 from tests.test_models import CASES, IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
+pytestmark = pytest.mark.thorough
+
 
 def llama(layers: int = 2, **changes: Any) -> hf.LlamaForCausalLM:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": layers, **changes}))

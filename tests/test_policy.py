@@ -601,6 +601,7 @@ def test_a_new_rate_changes_the_scale_without_compiling() -> None:
     assert backend.stats.compiled_variants == variants
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("inside", [False, True])
 def test_rescaled_gradients_are_unbiased_under_independent_draws(inside: bool) -> None:
     """The mean over n draws comes to the exact gradient like 1 / sqrt(n); without rescaling it does not come at all."""
