@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import gc
 import resource
 import sys
@@ -15,11 +13,9 @@ from unittest import mock
 import torch
 
 from benchmarks.measure import Record, synchronize
-from benchmarks.models import Decoder
-from benchmarks.quality.attempts import Setting
 from benchmarks.quality.dropping import Engine
-from benchmarks.quality.methods import methods
 from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
+from benchmarks.quality.training import Plan, prepared
 
 _PARTS = 20
 
@@ -37,8 +33,7 @@ def endure(workshop: Workshop, task: Task, name: str, rate: float, *, learning_r
     steps = workshop.size.steps
     common: Record = {
         "measurement": "quality endurance",
-        "task": task.name,
-        **dataclasses.asdict(task),
+        **task.conditions,
         "contestant": name,
         "rate": rate,
         "lr": learning_rate,
@@ -68,18 +63,13 @@ def endure(workshop: Workshop, task: Task, name: str, rate: float, *, learning_r
 
 class _Run:
     def __init__(self, workshop: Workshop, task: Task, name: str, rate: float, learning_rate: float) -> None:
-        torch._dynamo.reset()
         self._workshop, self._steps, self._learning_rate = workshop, workshop.size.steps, learning_rate
-        self.model: Decoder = workshop.model(task)
-        attempt = methods()[name].make(self.model, Setting(rate, workshop.inner, self._steps, workshop.precision))
+        self.model, attempt = prepared(workshop, task, Plan(name, rate, 1.0, (learning_rate,), 1), self._steps)
         if not isinstance(attempt, Engine):
             raise TypeError(f"Only methods of the engine are looked at here; {name!r} is none.")
         self.attempt = attempt
         self._batches = workshop.batches(SHIFTS[task.shift], 0, task.windows)
         self._optimizer = make_optimizer(attempt.groups(), workshop.device)
-        attempt.training_loss(self._batches[0].to(workshop.device)).backward()
-        attempt.compile_all()
-        self.model.zero_grad(set_to_none=True)
         attempt.restart(seed=0)
 
     def checkpoint(self) -> dict[str, Any]:
@@ -99,7 +89,7 @@ class _Run:
         """Steps ``begin`` to ``end`` of the run."""
         backend, device = self.attempt.backend, self._workshop.device
         losses, asked, before = [], 0.0, _drops(self.attempt)
-        with _no_recompilation():
+        with mock.patch.object(torch._dynamo.config, "error_on_recompile", True):
             for step in range(begin, end):
                 set_learning_rate(self._optimizer, self._learning_rate * cosine(step, self._steps))
                 self.attempt.before_step(step / self._steps, lambda: self._batches[0])
@@ -124,10 +114,6 @@ class _Run:
 def _drops(attempt: Engine) -> tuple[int, int]:
     branches = attempt.backend.branches
     return sum(branch.times_dropped for branch in branches), sum(branch.times_seen for branch in branches)
-
-
-def _no_recompilation() -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(torch._dynamo.config, "error_on_recompile", True)
 
 
 def _memory(device: str) -> int:

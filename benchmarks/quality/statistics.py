@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -57,8 +56,7 @@ def measure(
         for name, rate in contestants:
             common: Record = {
                 "measurement": "quality statistics",
-                "task": task.name,
-                **dataclasses.asdict(task),
+                **task.conditions,
                 "contestant": name,
                 "rate": rate,
                 "point": point,

@@ -89,6 +89,11 @@ class Task:
         small = "" if self.windows is None else f", {self.windows} windows"
         return f"{self.size}, {self.shift}, {self.tuning}{small}"
 
+    @property
+    def conditions(self) -> dict[str, object]:
+        """What every record of the task names."""
+        return {"task": self.name, **dataclasses.asdict(self)}
+
 
 class Workshop:
     """Corpora, pretrained weights and batches, each made once.

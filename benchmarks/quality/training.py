@@ -76,8 +76,7 @@ class _Runner:
         plan, task = self._plan, self._task
         record: Record = {
             "measurement": "quality",
-            "task": task.name,
-            **dataclasses.asdict(task),
+            **task.conditions,
             "contestant": plan.method,
             "rate": plan.rate,
             "share": plan.share,
@@ -87,7 +86,7 @@ class _Runner:
         }
         try:
             if self._attempt is None or not self._attempt.reusable:
-                self._model, self._attempt = _attempt(self._workshop, task, plan, self._steps)
+                self._model, self._attempt = prepared(self._workshop, task, plan, self._steps)
                 self._weights = copy.deepcopy(self._model.state_dict())
             self._model.load_state_dict(self._weights)
             self._attempt.restart(seed)
@@ -100,7 +99,7 @@ class _Runner:
             return {**record, "error": error_text(error)}
 
 
-def _attempt(workshop: Workshop, task: Task, plan: Plan, steps: int) -> tuple[Decoder, Attempt]:
+def prepared(workshop: Workshop, task: Task, plan: Plan, steps: int) -> tuple[Decoder, Attempt]:
     """A model with its way to be trained, all of it compiled."""
     torch._dynamo.reset()
     model = workshop.model(task)
@@ -163,8 +162,7 @@ def before_tuning(workshop: Workshop, tasks: Sequence[Task]) -> Iterator[Record]
         corpus = workshop.corpus(name)
         yield {
             "measurement": "quality before",
-            "task": task.name,
-            **dataclasses.asdict(task),
+            **task.conditions,
             "eval_loss": workshop.held_out_loss(model, name),
             "pretraining_loss": workshop.held_out_loss(model, "python"),
             "corpus_digest": corpus.digest,

@@ -111,20 +111,9 @@ class LowestPattern:
 
     def frequencies(self, units: Sequence[Unit]) -> list[float]:
         line = Line.of(units)
-        depth, room = min(line.rate, _room(line)), _room(line)
-        return line.per_unit(
-            [
-                _share_below(depth, start, length) if start < room else 0.0
-                for start, length in zip(line.starts, line.lengths, strict=True)
-            ]
-        )
-
-
-def _share_below(depth: float, start: float, length: float) -> float:
-    """The share of a layer that lies below a depth; a layer without length is a point."""
-    if length < _TINY:
-        return float(start < depth)
-    return min(max((depth - start) / length, 0.0), 1.0)
+        depth = min(line.rate, _room(line))
+        layers = zip(line.starts, line.lengths, strict=True)
+        return line.per_unit([_covered(start, length, depth, 0.0) for start, length in layers])
 
 
 def _room(line: Line) -> float:
