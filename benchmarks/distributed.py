@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             failures = request.measurement == "distributed failures"
             worker = "benchmarks.distributed_failures" if failures else "benchmarks.distributed_worker"
-            records = in_own_process(request, clock, worker=worker)
+            records = in_own_process(request, clock, chosen.cache, worker=worker)
         for record in records:
+            if chosen.cache and "first_step_s" in record:
+                record["first_step_s"] = None  # what another process had compiled would make it look short
             record.setdefault("engine", request.engine)
             record.setdefault("processes", request.processes)
             if "error" in record:
@@ -73,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there")
     parser.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="keep compiled code here; first steps are not recorded then"
+    )
     adding = parser.add_mutually_exclusive_group()
     adding.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
     adding.add_argument("--continue", action="store_true", dest="go_on", help="add to the last run, same conditions")

@@ -28,7 +28,7 @@ _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks quality``."""
     parser.add_argument("--size", choices=SIZES, default="mini")
-    parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
+    parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=["mild", "strong"])
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
     parser.add_argument("--contestants", nargs="+", choices=methods(), metavar="NAME",
                         default=["none", "checkpointing", "random", "sensitivity", "window", "window, ramp"],

@@ -4,6 +4,7 @@
 name           files
 =============  =====================================================================================================
 "python"       Python source of PyTorch and of the standard library: what models are pretrained on
+"libraries"    Python source of small libraries that PyTorch depends on: a slight shift, more of the same
 "sympy"        Python source of SymPy, which PyTorch depends on: a mild shift, the same language in another field
 "headers"      C++ headers of PyTorch: a strong shift, another language
 =============  =====================================================================================================
@@ -17,6 +18,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
+import jinja2
+import mpmath
+import networkx
 import sympy
 import torch
 from torch import Tensor
@@ -30,6 +35,7 @@ _PACKAGE = Path(torch.__file__).parent
 #: By name: folders, and the suffixes of the files to read there.
 _SOURCES: dict[str, tuple[tuple[Path, ...], tuple[str, ...]]] = {
     "python": ((_PACKAGE, Path(sysconfig.get_path("stdlib"))), (".py",)),
+    "libraries": (tuple(Path(package.__file__).parent for package in (networkx, mpmath, jinja2, fsspec)), (".py",)),
     "sympy": ((Path(sympy.__file__).parent,), (".py",)),
     "headers": ((_PACKAGE / "include",), (".h", ".hpp", ".cuh")),
 }
@@ -80,7 +86,7 @@ def read(name: str, *, megabytes: float = 12.0) -> Corpus:
     if not parts[False] or not parts[True]:
         raise FileNotFoundError(
             f"Found {files} files of the corpus {name!r} below {', '.join(map(str, _SOURCES[name][0]))}, too few to split. "
-            "Install PyTorch and SymPy from their wheels, which hold these files."
+            "Install PyTorch and what it depends on from their wheels, which hold these files."
         )
     train, held_out = b"".join(parts[False]), b"".join(parts[True])
     digest = hashlib.blake2b(train + held_out, digest_size=8).hexdigest()
