@@ -28,7 +28,16 @@ _RESULTS = ROOT / "benchmarks" / "results"
 #: What is in the documentation.
 FILES = tuple(
     _RESULTS / f"h200x2-{name}.json"
-    for name in ("1b-ddp", "1b-fsdp2", "1b-fsdp2-blocks", "8b-lora-ddp", "8b-lora-fsdp2", "1b-losses", "8b-lora-losses", "failures")
+    for name in (
+        "1b-ddp",
+        "1b-fsdp2",
+        "1b-fsdp2-blocks",
+        "8b-lora-ddp",
+        "8b-lora-fsdp2",
+        "1b-losses",
+        "8b-lora-losses",
+        "failures",
+    )
 )
 ALONE = tuple(_RESULTS / f"h200-{name}.json" for name in ("1b-suite", "8b-lora"))
 

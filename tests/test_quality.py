@@ -76,7 +76,7 @@ def test_corpora_are_split_by_file_and_share_none(monkeypatch: pytest.MonkeyPatc
 def test_a_machine_without_the_files_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(corpora._SOURCES, "headers", ((tmp_path,), (".h",)))
     with pytest.raises(
-        FileNotFoundError, match=r"Found 0 files of the corpus 'headers' below .* Install PyTorch and SymPy"
+        FileNotFoundError, match=r"Found 0 files of the corpus 'headers' below .* Install PyTorch and what it depends on"
     ):
         corpora.read("headers")
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measure import Record, synchronize
 from benchmarks.quality.dropping import Engine
-from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
+from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, moved, set_learning_rate, update
 from benchmarks.quality.training import Plan, prepared
 
 _PARTS = 20
@@ -93,7 +93,7 @@ class _Run:
             for step in range(begin, end):
                 set_learning_rate(self._optimizer, self._learning_rate * cosine(step, self._steps))
                 self.attempt.before_step(step / self._steps, lambda: self._batches[0])
-                loss = self.attempt.training_loss(self._batches[step].to(device))
+                loss = self.attempt.training_loss(moved(self._batches[step], device))
                 loss.backward()
                 losses.append(loss.detach())
                 asked += backend.stats.attainable_rate

@@ -34,7 +34,8 @@ def _losses(found: Sequence[Result]) -> str:
     rows = _rows(found)
     known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
     table = [[row[number] for number in known] for row in rows]
-    text = tabulate(table, [_HEADERS[number] for number in known], tablefmt="github", floatfmt=".3f")
+    headers = [_HEADERS[number] for number in known]
+    text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=[headers.index("lr")])
     steps = [
         f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
         f"and {result.memory:.3f} of the memory."

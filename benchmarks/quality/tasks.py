@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -60,6 +61,7 @@ SIZES = {
     "12x256": Size(_llama(12, 256, 32, 256), 3000, 1e-3, 600, 256, 12.0),
     "12x256-long": Size(_llama(12, 256, 32, 256), 20000, 1e-3, 600, 256, 64.0),  # knows its language
     "12x768": Size(_llama(12, 768, 64, 512), 1200, 6e-4, 300, 128, 24.0),
+    "12x1536": Size(_llama(12, 1536, 48, 512), 1000, 4e-4, 240, 96, 24.0),  # large enough that the GPU is the limit
     "24x512": Size(_llama(24, 512, 32, 512), 2000, 6e-4, 600, 128, 24.0),
 }
 
@@ -164,7 +166,7 @@ class Workshop:
         for step in steps:
             set_learning_rate(optimizer, learning_rate * cosine(step, of))
             with self.precision():
-                loss = run(batches[step].to(self.device))
+                loss = run(moved(batches[step], self.device))
             loss.backward()
             update(optimizer)
 
@@ -188,7 +190,7 @@ class Workshop:
             path = self._folder / f"pretrained-{key}.pt"
             if not path.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
+                partial = path.with_suffix(f".partial{os.getpid()}")  # another process may be at it
                 torch.save(self._pretrain(), partial)
                 partial.rename(path)
             self._weights = torch.load(path, map_location=self.device)
@@ -206,6 +208,13 @@ class Workshop:
         self.train(run, optimizer, batches, steps, size.pretrain_steps, size.pretrain_lr)
         torch._dynamo.reset()
         return model.state_dict()
+
+
+def moved(ids: Tensor, device: str) -> Tensor:
+    """On the device, and without waiting for what the device has yet to do: the host runs ahead of it as with any loader."""
+    if device == "cuda":
+        return ids.pin_memory().to(device, non_blocking=True)
+    return ids.to(device)
 
 
 def make_optimizer(groups: list[dict[str, object]], device: str) -> torch.optim.AdamW:

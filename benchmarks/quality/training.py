@@ -16,7 +16,7 @@ from benchmarks.measure import Record, error_text, peak, reset_peak, synchronize
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, Setting
 from benchmarks.quality.methods import methods
-from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, set_learning_rate, update
+from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimizer, moved, set_learning_rate, update
 
 #: Steps that are not timed, as a share of the run: the first ones warm up.
 _UNTIMED = 0.02
@@ -121,7 +121,7 @@ def _train(
     aside, others = itertools.count(), workshop.batches(corpus, _ASIDE + seed, task.windows)
 
     def next_batch() -> Tensor:
-        return others[next(aside)].to(device)
+        return moved(others[next(aside)], device)
 
     torch.manual_seed(seed)
     optimizer = make_optimizer(attempt.groups(), device)
@@ -131,7 +131,7 @@ def _train(
             held, started = reset_peak(device), time.perf_counter()
         set_learning_rate(optimizer, learning_rate * cosine(step, steps))
         attempt.before_step(step / steps, next_batch)
-        loss = attempt.training_loss(batches[step].to(device))
+        loss = attempt.training_loss(moved(batches[step], device))
         loss.backward()
         losses.append(loss.detach())
         update(optimizer, lambda: attempt.before_update(optimizer))
