@@ -21,31 +21,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import CPU_ATTENTION
 from benchmarks.models import make_model
 from benchmarks.results import load
 from benchmarks.suites import SUITES
 from dropbp_fx import dropbp_backend, explain
-from dropbp_fx.graph.cost import operator_flops
 
 VOCABULARY = 512
-
-
-def _counter_of(operator: Any) -> Callable[..., int]:
-    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        return operator_flops(operator, args, kwargs, out_val)
-
-    count._get_raw = True  # FlopCounterMode: hand tensors over as they are
-    return count
-
-
-#: FlopCounterMode has no formula for the CPU's fused attention and would count it as nothing.
-CPU_ATTENTION = {
-    operator: _counter_of(operator)
-    for operator in (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    )
-}
 
 
 def llama() -> nn.Module:

@@ -122,6 +122,15 @@ def test_freezing_trains_the_upper_layers_only(workshop: Workshop) -> None:
     assert not any(name.startswith("embedding") for name in trained)
 
 
+def test_flops_of_dropped_layers_are_counted_like_those_of_frozen_ones(workshop: Workshop) -> None:
+    """Attention included, for which FlopCounterMode has no formula on a CPU."""
+    ids, whole = ids_of(workshop), workshop.flops(TASK)
+    _, frozen = attempt_of(workshop, "freezing")
+    _, lowest = attempt_of(workshop, "lowest")
+    lowest.training_loss(ids)
+    assert lowest.flops_share(whole, ids) == pytest.approx(frozen.flops_share(whole, ids), rel=1e-3)
+
+
 def test_lisa_trains_the_weights_of_a_layer_for_a_while_and_passes_gradients_through_all(workshop: Workshop) -> None:
     model, attempt = attempt_of(workshop, "LISA", rate=0.75)
     seen = []

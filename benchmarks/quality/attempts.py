@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import CPU_ATTENTION
 from benchmarks.measure import Record
 from benchmarks.models import Checkpointed, Decoder
 
@@ -76,7 +77,7 @@ class Attempt:
 
 def step_flops(model: Decoder, ids: Tensor) -> int:
     """FLOPs of a forward and backward, without compiling and without an optimizer."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         model(ids).backward()
     model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
