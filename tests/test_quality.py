@@ -76,7 +76,8 @@ def test_corpora_are_split_by_file_and_share_none(monkeypatch: pytest.MonkeyPatc
 def test_a_machine_without_the_files_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(corpora._SOURCES, "headers", ((tmp_path,), (".h",)))
     with pytest.raises(
-        FileNotFoundError, match=r"Found 0 files of the corpus 'headers' below .* Install PyTorch and what it depends on"
+        FileNotFoundError,
+        match=r"Found 0 files of the corpus 'headers' below .* Install PyTorch and what it depends on",
     ):
         corpora.read("headers")
 
@@ -120,6 +121,16 @@ def test_freezing_trains_the_upper_layers_only(workshop: Workshop) -> None:
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert {name.split(".")[1] for name in trained if name.startswith("layers.")} == {"2", "3"}
     assert not any(name.startswith("embedding") for name in trained)
+
+
+def test_an_embedding_below_frozen_layers_is_not_trained_either(workshop: Workshop) -> None:
+    model, attempt = attempt_of(workshop, "progressive freezing, embedding too", rate=0.7)
+    attempt.before_step(0.0, lambda: ids_of(workshop))
+    attempt.training_loss(ids_of(workshop)).backward()
+    trained = {name.split(".")[1] for name, p in model.layers.named_parameters("l") if p.grad is not None}
+    assert trained == {"2", "3"}  # the rate begins at 2 * 0.7 - 0.95
+    assert model.embedding.grad is None
+    assert model.output.grad is not None
 
 
 def test_flops_of_dropped_layers_are_counted_like_those_of_frozen_ones(workshop: Workshop) -> None:

@@ -106,6 +106,11 @@ def methods() -> dict[str, Method]:
             "the same with activation_memory_budget=0.5",
             options={"policy": "progressive_freezing", "activation_memory_budget": 0.5},
         ),
+        "progressive freezing, embedding too": _engine(
+            "the same, and the embedding, which lies below all layers, is not trained at all",
+            options={"policy": "progressive_freezing"},
+            freeze_below=True,
+        ),
         "lowest, ramp": _engine(
             "the lowest layers, rate from 0 to twice", options={"pattern": "lowest", "schedule": "ramp_up"}
         ),
