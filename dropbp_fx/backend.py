@@ -405,7 +405,7 @@ def dropbp_backend(
     reallocate_every: int | None = None,
     schedule: str | RateSchedule | None = None,
     total_forwards: int | None = None,
-    drop: str = "branch",
+    drop: str | None = None,
     rescale: bool = False,
     activation_memory_budget: float | None = None,
     inner: InnerCompiler = "inductor",
@@ -423,7 +423,7 @@ def dropbp_backend(
     Args:
         rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1): at each training step, or,
             with a schedule, over the run.
-        policy: what stands in for ``rate``, ``pattern``, ``schedule`` and ``allocation`` where they are ``None``
+        policy: what stands in for ``rate``, ``pattern``, ``schedule``, ``allocation`` and ``drop`` where they are ``None``
             (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
             0.5. "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one
             after the other, a quarter of the backward in all; it must be told of the run's progress.
@@ -443,7 +443,9 @@ def dropbp_backend(
         total_forwards: the run's length in training forwards (micro-batches), to count progress by. Without it the training
             loop sets :attr:`DropBPBackend.progress`.
         drop: "branch" drops all gradients of a branch; "weights" those of its parameters only, so that all other
-            parameters' gradients stay exact.
+            parameters' gradients stay exact; "below" all gradients of a branch and, where the lowest branches are dropped,
+            those of the residual stream up to the first kept branch: an embedding is then not trained with what little of its
+            gradient goes around the dropped branches, but not at all in that step.
         rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
             then unbiased.
         activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
@@ -469,7 +471,7 @@ def dropbp_backend(
         reallocate_every=reallocate_every,
         schedule=preset.schedule if schedule is None else schedule,
         total_forwards=total_forwards,
-        drop=drop,
+        drop=preset.drop if drop is None else drop,
         rescale=rescale,
         activation_memory_budget=activation_memory_budget,
         inner=inner,

@@ -71,7 +71,12 @@ class BackendConfig:
             "granularity", granularity, Granularity, "drop single branches, or all branches of a layer together"
         )
         _check_name("allocation", allocation, Allocation, "give every branch the same rate, or rates by sensitivity")
-        _check_name("drop", drop, Drop, "drop all gradients of a branch, or those of its parameters only")
+        _check_name(
+            "drop",
+            drop,
+            Drop,
+            "drop all gradients of a branch, those of its parameters only, or all of them and of all that lies below",
+        )
         rate = checked_rate(rate)
         max_rate = checked_max_rate(max_rate)
         if allocation == "sensitivity" and rate > max_rate:

@@ -83,6 +83,7 @@ class Lowering:
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
             met=found,
+            below=self.config.drop == "below",
         )
         self._find_ways_to_trainable_inputs(graph)
         return graph
@@ -159,7 +160,7 @@ class Lowering:
                 stacklevel=2,
             )
         if prefix is None or prefix == met.prefix:
-            return GraphPolicy(state, graph.indices)
+            return GraphPolicy(state, graph.indices, graph.below)
         schedule = state.schedule
         own: list[Branch] = []
         for branch, name in zip(met.branches, met.names, strict=True):
@@ -178,7 +179,7 @@ class Lowering:
         twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
         if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
             state.graphs.append(twin)
-        return GraphPolicy(state, twin.indices)
+        return GraphPolicy(state, twin.indices, twin.below)
 
     def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
         trains = torch.is_grad_enabled() and any(
@@ -241,7 +242,7 @@ class Lowering:
         schedule.assign()
         policies: Instances[Policy] = Instances(
             graph.met.anchors,
-            GraphPolicy(self.state, graph.indices),
+            GraphPolicy(self.state, graph.indices, graph.below),
             functools.partial(self._enter, graph),
         )
         runner = RegionRunner(graph, policies)

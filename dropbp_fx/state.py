@@ -69,10 +69,14 @@ class BackendState:
 
 @dataclasses.dataclass(frozen=True)
 class GraphPolicy:
-    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table."""
+    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table.
+
+    With ``below``, nothing that runs before the lowest kept branch of the model is trained, if a branch before that is dropped.
+    """
 
     state: BackendState
     indices: tuple[int, ...]
+    below: bool
 
     def draw(self) -> Drawn:
         self.state.observer.reallocate_if_due()
@@ -86,7 +90,8 @@ class GraphPolicy:
                 "none. Make it with find_unused_parameters=True, and without static_graph=True."
             )
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
-        return Drawn(local, schedule.scales(self.indices))
+        below = self.below and schedule.drops_all_before(min(self.indices))
+        return Drawn(local, below, schedule.scales(self.indices))
 
     def observation(self) -> Observation | None:
         return self.state.observer.observation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import random
@@ -33,7 +34,7 @@ from dropbp_fx.policy.presets import presets
 from dropbp_fx.policy.ramps import rate_schedule
 from tests.flops import FlopCounter
 from tests.helpers import compile_model, dropped_in
-from tests.oracle import assert_equal, assert_exact, compiled, detached, eager, some_patterns
+from tests.oracle import Result, assert_equal, assert_exact, compiled, detached, eager, some_patterns
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
 from tests.test_models import IDS, SMALL, ResidualMLP, X, language_loss, square_loss
@@ -406,7 +407,8 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         before = [branch.times_dropped for branch in backend.branches]
         actual = compiled(model, language_loss, run)
         dropped = [b for b, was in zip(backend.branches, before, strict=True) if b.times_dropped > was]
-        assert_equal(actual, eager(model, language_loss, [branch.name for branch in dropped]), rtol=1e-7, atol=1e-9)
+        points = [branch.name for branch in dropped] + ["model.embed_tokens"] * bool(dropped)
+        assert_equal(actual, eager(model, language_loss, points), rtol=1e-7, atol=1e-9)
         assert [branch.index for branch in dropped] == list(range(len(dropped)))
         frozen.append(len(dropped) // 2)
         for name, gradient in actual.gradients.items():
@@ -687,6 +689,57 @@ def test_dropping_weights_leaves_all_other_gradients_exact(make: Callable[[], nn
                 torch.testing.assert_close(gradient, expected[name])
             else:
                 assert gradient is None, name
+
+
+def below_oracle(
+    model: nn.Module, loss_of: Callable[[nn.Module], Tensor], pattern: Collection[int], points: Sequence[str], stem: str
+) -> Result:
+    """Where branch 0 is dropped, what lies below the first kept branch is the stem, so its output is detached, too."""
+    return eager(model, loss_of, [points[index] for index in sorted(pattern)] + ([stem] if 0 in pattern else []))
+
+
+@pytest.mark.parametrize("case", ["mlp", "llama", "llama, layers compiled"])
+def test_nothing_below_the_first_kept_branch_is_trained(case: str) -> None:
+    model = ResidualMLP() if case == "mlp" else llama()
+    loss_of, points, stem = (
+        (square_loss, MLP, "stem") if case == "mlp" else (language_loss, LLAMA, "model.embed_tokens")
+    )
+    reference = copy.deepcopy(model)
+    backend, run = compile_model(model, drop="below", pattern="lowest")
+    if case.endswith("compiled"):
+        backend.register(model)
+        for layer in model.model.layers:
+            layer.compile(backend=backend)
+        run = model
+    for pattern in some_patterns(len(points)):
+        with backend.pinned(sorted(pattern)):
+            actual = compiled(model, loss_of, run)
+        assert len(backend.branches) == len(points)
+        assert_equal(actual, below_oracle(reference, loss_of, pattern, points, stem), what=f"pattern {sorted(pattern)}")
+
+
+def test_a_tied_embedding_is_trained_by_the_head_alone_where_the_lowest_layers_are_dropped() -> None:
+    model = llama(tie_word_embeddings=True)
+    backend, run = compile_model(model, drop="below", pattern="lowest")
+    for pattern in ([], [0], [0, 1], [1, 2]):
+        with backend.pinned(pattern):
+            actual = compiled(model, language_loss, run)
+        assert actual.gradients["model.embed_tokens.weight"] is not None
+        assert_equal(
+            actual, below_oracle(model, language_loss, pattern, LLAMA, "model.embed_tokens"), what=f"{pattern}"
+        )
+
+
+def test_steps_below_which_nothing_is_trained_need_nothing_that_warmup_did_not_compile() -> None:
+    model = llama()
+    backend, run = compile_model(model, drop="below", pattern="lowest")
+    language_loss(run)
+    backend.warmup()
+    compiled_before = backend.stats.compiled_variants
+    for count in range(len(LLAMA)):
+        with backend.pinned(list(range(count))):
+            language_loss(run).backward()
+    assert backend.stats.compiled_variants == compiled_before
 
 
 def test_a_weight_that_two_branches_share_keeps_the_other_branchs_share() -> None:

@@ -124,7 +124,7 @@ def test_freezing_trains_the_upper_layers_only(workshop: Workshop) -> None:
 
 
 def test_an_embedding_below_frozen_layers_is_not_trained_either(workshop: Workshop) -> None:
-    model, attempt = attempt_of(workshop, "progressive freezing, embedding too", rate=0.7)
+    model, attempt = attempt_of(workshop, "progressive freezing", rate=0.7)
     attempt.before_step(0.0, lambda: ids_of(workshop))
     attempt.training_loss(ids_of(workshop)).backward()
     trained = {name.split(".")[1] for name, p in model.layers.named_parameters("l") if p.grad is not None}

@@ -12,7 +12,6 @@ from torch import Tensor
 from benchmarks.measure import Record
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting
-from benchmarks.quality.rivals import freeze_embedding
 from benchmarks.quality.tasks import cosine
 from dropbp_fx import dropbp_backend
 from dropbp_fx.distributed import parameter_groups
@@ -28,8 +27,6 @@ class Engine(Attempt):
             updated less often.
         coast: where a gradient was dropped, step along AdamW's moments as they are times this to the power of how often
             in succession it was dropped, instead of not at all. 0 does not.
-        freeze_below: do not train what lies below the first layer either. Where the lowest layers are dropped, it would
-            otherwise get the part of its gradient that goes around them.
         control: adjust the rate so that dropping adds this share to the variance that gradients have anyway, after VCAS
             (Wang et al., ICLR 2024), which does so for sampled rows.
     """
@@ -46,12 +43,9 @@ class Engine(Attempt):
         calibrate_at: float | None = None,
         scale_power: float = 0.0,
         coast: float = 0.0,
-        freeze_below: bool = False,
         control: float | None = None,
     ) -> None:
         self.model, self.setting = model, setting
-        if freeze_below:
-            freeze_embedding(model)
         chosen = options()
         self.backend = dropbp_backend(rate=setting.rate, inner=setting.inner, seed=0, **chosen)
         self.run = torch.compile(model, backend=self.backend, dynamic=False)

@@ -99,17 +99,19 @@ def methods() -> dict[str, Method]:
         "window, step": _engine("a window, exact in the first half", options={**window, "schedule": "step"}),
         "suffix, ramp": _engine("suffix, rate from 0 to twice", options={"pattern": "suffix", "schedule": "ramp_up"}),
         "progressive freezing": _engine(
-            "exact at first, then the lowest layers are dropped one after the other",
+            "exact at first, then the lowest layers are dropped one after the other, the embedding with the first",
             options={"policy": "progressive_freezing"},
         ),
         "progressive freezing, budget": _engine(
             "the same with activation_memory_budget=0.5",
             options={"policy": "progressive_freezing", "activation_memory_budget": 0.5},
         ),
-        "progressive freezing, embedding too": _engine(
-            "the same, and the embedding, which lies below all layers, is not trained at all",
-            options={"policy": "progressive_freezing"},
-            freeze_below=True,
+        "progressive freezing, embedding on": _engine(
+            "the same, but the embedding goes on with the part of its gradient that goes around dropped layers",
+            options={"policy": "progressive_freezing", "drop": "branch"},
+        ),
+        "suffix, below": _engine(
+            "everything below a random depth, the embedding included", options={"pattern": "suffix", "drop": "below"}
         ),
         "lowest, ramp": _engine(
             "the lowest layers, rate from 0 to twice", options={"pattern": "lowest", "schedule": "ramp_up"}

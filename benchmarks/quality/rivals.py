@@ -22,15 +22,10 @@ class Freezing(Attempt):
         frozen = round(setting.rate * len(model.layers))
         model.layers[:frozen].requires_grad_(False)
         if frozen:
-            freeze_embedding(model)
+            for name, parameter in model.named_parameters(recurse=False):
+                if name in ("embedding", "positions"):
+                    parameter.requires_grad_(False)
         super().__init__(model, setting)
-
-
-def freeze_embedding(model: Decoder) -> None:
-    """Do not train what lies below the first layer."""
-    for name, parameter in model.named_parameters(recurse=False):
-        if name in ("embedding", "positions"):
-            parameter.requires_grad_(False)
 
 
 class Skipping(Attempt):

@@ -23,8 +23,9 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
 
-#: What dropping a branch drops: all its gradients, or only those of its parameters.
-Drop = Literal["branch", "weights"]
+#: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
+#: branch that is kept, those of the residual stream as well.
+Drop = Literal["branch", "weights", "below"]
 #: Key in a placeholder's ``meta``: the number of the branch whose gradients this graph input scales.
 SCALE_OF = "dropbp_scale_of"
 _MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
@@ -97,7 +98,8 @@ def insert_gates(
     Args:
         gm: the graph that holds the branches; gets one more placeholder a branch for ``rescale``.
         branches: what :func:`~dropbp_fx.graph.branches.find_branches` found.
-        drop: "branch" gates every branch's output and every value that leaves a branch for the graph's outputs alone;
+        drop: "branch" and "below" gate every branch's output and every value that leaves a branch for the graph's outputs
+            alone;
             "weights" gates the parameters that a branch reads, and leaves the gradients of its activations alone.
         rescale: let an input of the graph scale the gradients that pass a branch's gates.
 
@@ -109,7 +111,7 @@ def insert_gates(
     """
     gates: list[frozenset[fx.Node]] = []
     for index, branch in enumerate(branches):
-        if drop == "branch":
+        if drop != "weights":
             edges = [*branch.outputs, *branch.escapes]
             mine = {node: None for output, user in edges for node in _gate_edge(branch, output, user, index)}
         else:

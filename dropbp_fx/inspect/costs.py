@@ -80,8 +80,9 @@ class CostModel:
             saved=saved_values(traced.forward, traced.outputs),
         )
 
-    def pattern(self, graph: CapturedGraph, dropped: Collection[int]) -> PatternCost:
-        """The cost of the pattern that drops the branches numbered ``dropped`` within ``graph``.
+    def pattern(self, graph: CapturedGraph, dropped: Collection[int], *, below: bool) -> PatternCost:
+        """The cost of the pattern that drops the branches numbered ``dropped`` within ``graph``; with ``below``, nothing that
+        runs before the first kept one is trained.
 
         What one region makes and another saves counts once; parameters, buffers and graph inputs do not count.
         """
@@ -93,7 +94,7 @@ class CostModel:
         shared: dict[object, int] = {}
         forward = backward = inner = 0
         for region, variants, decision in zip(
-            program.regions, graph.variants, graph.planner.decide(dropped), strict=True
+            program.regions, graph.variants, graph.planner.decide(dropped, below=below), strict=True
         ):
             cost = self.region(variants, decision.key)
             forward += cost.forward_flops
@@ -111,8 +112,8 @@ class CostModel:
         """The variants that :meth:`DropBPBackend.warmup` compiles for ``graph``."""
         return frozenset(
             (variants, decision.key)
-            for pattern in warmup_patterns(graph.program)
-            for variants, decision in zip(graph.variants, graph.planner.decide(pattern), strict=True)
+            for pattern, below in warmup_patterns(graph.program, below=graph.below)
+            for variants, decision in zip(graph.variants, graph.planner.decide(pattern, below=below), strict=True)
         )
 
 

@@ -183,9 +183,11 @@ class Explanation:
         """
         indices = {self.branch(item).index for item in dropped}
         total = PatternCost(0, 0, 0)
+        all_before = True
         for graph in self._graphs:
             numbers = frozenset(number for number, index in enumerate(graph.indices) if index in indices)
-            total += self._costs.pattern(graph, numbers)
+            total += self._costs.pattern(graph, numbers, below=graph.below and all_before)
+            all_before = all_before and len(numbers) == len(graph.indices)
         return total
 
     def predict(self, rate: float) -> Prediction:

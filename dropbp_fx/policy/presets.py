@@ -25,6 +25,7 @@ class Preset:
         pattern: a name of :func:`~dropbp_fx.policy.patterns.resolve_pattern`.
         schedule: a name of :func:`~dropbp_fx.policy.ramps.rate_schedule`.
         allocation: "uniform" or "sensitivity".
+        drop: "branch", "weights" or "below".
     """
 
     about: str
@@ -32,6 +33,7 @@ class Preset:
     pattern: str = "random"
     schedule: str = "constant"
     allocation: Allocation = "uniform"
+    drop: str = "branch"
 
 
 def presets() -> dict[str, Preset]:
@@ -52,6 +54,7 @@ def presets() -> dict[str, Preset]:
             rate=0.25,
             pattern="lowest",
             schedule="late_ramp",
+            drop="below",
         ),
     }
 

@@ -237,6 +237,13 @@ class Schedule:
                 branch.times_dropped += index in dropped
             return dropped
 
+    def drops_all_before(self, index: int) -> bool:
+        """Whether the forward just drawn drops every droppable branch that runs before the one at ``index``."""
+        with self._lock:
+            pinned = self._pinned()
+            dropped = self._thread.round.dropped if pinned is None else pinned
+            return all(branch.index in dropped for branch in self.branches if branch.droppable and branch.index < index)
+
     def scales(self, indices: Sequence[int]) -> tuple[float, ...]:
         """What the forward just drawn multiplies each branch's gradients by if it is kept; empty if by nothing."""
         if not self.rates.rescale or self._thread.overrides:

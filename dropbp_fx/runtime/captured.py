@@ -45,6 +45,7 @@ class CapturedGraph:
         facts: by index in the table, for every branch of the graph, those that can never be dropped included.
         rejected: adds that were not taken for a branch, by the name of their node, and why.
         met: all its branches, and what is needed to tell the modules apart that it serves.
+        below: whether patterns may leave untrained what runs before the lowest kept branch.
     """
 
     program: RegionProgram
@@ -53,6 +54,7 @@ class CapturedGraph:
     facts: Mapping[int, BranchFacts]
     rejected: tuple[tuple[str, str], ...]
     met: MetBranches
+    below: bool
 
     @functools.cached_property
     def planner(self) -> Planner:

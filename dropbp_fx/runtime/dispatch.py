@@ -83,10 +83,11 @@ class RegionRunner:
         self._program = graph.program
         self._variants = graph.variants
         self._planner = graph.planner
+        self._below = graph.below
         self._policies = policies
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory()
-        self._plans: collections.OrderedDict[frozenset[int], _Plan] = collections.OrderedDict()
+        self._plans: collections.OrderedDict[tuple[frozenset[int], bool], _Plan] = collections.OrderedDict()
         self._held_back = [_gradient_bytes(graph.program, region) for region in graph.program.regions]
         self._lock = threading.Lock()
 
@@ -96,7 +97,7 @@ class RegionRunner:
         if calibration is not None:
             return self._calibrate(calibration, policy, arguments)
         drawn, observation = self._drawn(policy)
-        plan = self._plan(drawn.dropped)
+        plan = self._plan(drawn.dropped, drawn.below)
         values = self._values(arguments, drawn.scales)
         del arguments
         if observation is None and not _torch.saved_tensor_hooks_are_set():
@@ -162,30 +163,39 @@ class RegionRunner:
         return drawn, observation
 
     def warmup(self) -> None:
-        """Compile the variants of every region for every subset of its branches, the rest of the model kept."""
-        for pattern in warmup_patterns(self._program):
-            self._plan(frozenset(pattern))
+        """Compile the variants of every region for every subset of its branches, the rest of the model kept, and those that
+        are wanted where what runs before the region is not trained.
+        """
+        for pattern, below in warmup_patterns(self._program, below=self._below):
+            self._plan(frozenset(pattern), below)
 
-    def _plan(self, dropped: frozenset[int]) -> _Plan:
+    def _plan(self, dropped: frozenset[int], below: bool) -> _Plan:
         with self._lock:
-            plan = self._plans.get(dropped)
+            plan = self._plans.get((dropped, below))
             if plan is None:
-                steps = self._planner.plan(dropped)
+                steps = self._planner.plan(dropped, below=below)
                 plan = _Plan(steps, chained(steps, self._held_back, self._program.returned))
                 if len(self._plans) >= _PLANS_KEPT:
                     self._plans.popitem(last=False)
-                self._plans[dropped] = plan
+                self._plans[dropped, below] = plan
             return plan
 
 
-def warmup_patterns(program: RegionProgram) -> Iterator[Collection[int]]:
-    """The patterns whose variants :meth:`RegionRunner.warmup` compiles."""
-    yield ()
+def warmup_patterns(program: RegionProgram, *, below: bool) -> Iterator[tuple[Collection[int], bool]]:
+    """The patterns whose variants :meth:`RegionRunner.warmup` compiles, and whether what runs before is left untrained."""
+    yield (), False
+    before: tuple[int, ...] = ()
     for region in program.regions:
         exhaustive = len(region.branches) <= _EXHAUSTIVE_BRANCHES
         sizes = range(1, len(region.branches) + 1) if exhaustive else (1, len(region.branches))
         for size in sizes:
-            yield from itertools.combinations(region.branches, size)
+            for mine in itertools.combinations(region.branches, size):
+                yield mine, False
+                if below and before and size < len(region.branches):
+                    yield (*before, *mine), True
+        if below and before and region.branches:
+            yield before, True
+        before += region.branches
 
 
 def _gradient_bytes(program: RegionProgram, region: Region) -> int:

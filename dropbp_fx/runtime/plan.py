@@ -164,9 +164,9 @@ class Planner:
         self._last_reads, self._dying = _last_reads(program, self._returned)
         self._undefined: dict[tuple[int, frozenset[int], frozenset[int]], UndefinedGradients] = {}
 
-    def decide(self, dropped: Collection[int]) -> tuple[Decision, ...]:
-        """For every region what the pattern that drops the branches numbered ``dropped`` makes of it; compiles nothing."""
-        labels, roles, _ = self._roles(dropped)
+    def decide(self, dropped: Collection[int], *, below: bool = False) -> tuple[Decision, ...]:
+        """For every region what the pattern makes of it (arguments as in :meth:`plan`); compiles nothing."""
+        labels, roles, _ = self._roles(dropped, below)
         return tuple(
             Decision(role.key, label, role.live, tuple((j, region.inputs[k]) for j, k in role.links))
             for region, label, role in zip(self._program.regions, labels, roles, strict=True)
@@ -188,15 +188,16 @@ class Planner:
                 reach[slot] = functools.reduce(operator.or_, [reach[region.inputs[k]] for k in sources], 0)
         return tuple(reach[slot] for slot in sorted(self._returned))
 
-    def plan(self, dropped: Collection[int], *, repeatable: bool = False) -> tuple[Step, ...]:
+    def plan(self, dropped: Collection[int], *, below: bool = False, repeatable: bool = False) -> tuple[Step, ...]:
         """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
 
         Args:
             dropped: numbers of branches (of ``Region.branches``).
+            below: where the first branches are dropped, train nothing that runs before the first one that is kept.
             repeatable: the backward of every region may run more than once.
         """
         regions = self._program.regions
-        labels, roles, live = self._roles(dropped)
+        labels, roles, live = self._roles(dropped, below)
         several_outputs = sum(live[slot] or self._required[slot] for slot in self._returned) > 1
         links = self._merged_links(roles)
         dead = self._dead(links)
@@ -227,20 +228,21 @@ class Planner:
             )
         return tuple(steps)
 
-    def _roles(self, dropped: Collection[int]) -> tuple[list[frozenset[int]], list[_Role], list[bool]]:
+    def _roles(self, dropped: Collection[int], below: bool) -> tuple[list[frozenset[int]], list[_Role], list[bool]]:
         """For each region its dropped labels and its role; for each slot whether it receives a gradient."""
         regions = self._program.regions
         labels = [
             frozenset(local for local, branch in enumerate(region.branches) if branch in dropped) for region in regions
         ]
         required = self._required.copy()
+        untrained = self._untrained(labels) if below else 0
         needs: list[tuple[bool, ...]] = []
-        for region, situations, label in zip(regions, self._situations, labels, strict=True):
+        for number, (region, situations, label) in enumerate(zip(regions, self._situations, labels, strict=True)):
             mine = tuple([required[slot] for slot in region.inputs])
             needs.append(mine)
             flow = situations.flow(label, mine, len(region.outputs))
             for slot, requires in zip(region.outputs, flow.required, strict=True):
-                required[slot] = requires
+                required[slot] = requires and number >= untrained
         live = [False] * self._program.slots
         for slot in self._returned:
             live[slot] = required[slot]
@@ -254,6 +256,15 @@ class Planner:
             roles.append(role)
         roles.reverse()
         return labels, roles, live
+
+    def _untrained(self, labels: Sequence[frozenset[int]]) -> int:
+        """How many regions come before the first one that keeps a branch; none if no branch before it is dropped."""
+        holding = [number for number, region in enumerate(self._program.regions) if region.branches]
+        kept = (number for number in holding if len(labels[number]) < len(self._program.regions[number].branches))
+        if not holding:
+            return 0
+        first = next(kept, holding[-1] + 1)
+        return 0 if first == holding[0] else first
 
     def _merged_links(self, roles: Sequence[_Role]) -> dict[int, tuple[tuple[int, int], ...]]:
         """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""

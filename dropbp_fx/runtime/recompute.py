@@ -24,10 +24,12 @@ class Drawn:
 
     Attributes:
         dropped: numbers of the graph's branches that it drops.
+        below: whether nothing is trained that runs before the graph's first kept branch, if a branch before that is dropped.
         scales: what the gradients of each of the graph's branches are multiplied by if kept; empty if by nothing.
     """
 
     dropped: frozenset[int]
+    below: bool = False
     scales: tuple[float, ...] = ()
 
 
