@@ -444,8 +444,8 @@ def dropbp_backend(
             loop sets :attr:`DropBPBackend.progress`.
         drop: "branch" drops all gradients of a branch; "weights" those of its parameters only, so that all other
             parameters' gradients stay exact; "below" all gradients of a branch and, where the lowest branches are dropped,
-            those of the residual stream up to the first kept branch: an embedding is then not trained with what little of its
-            gradient goes around the dropped branches, but not at all in that step.
+            those of the residual stream up to the first kept branch: an embedding is then not trained with what little of
+            its gradient goes around the dropped branches, but not at all in that step.
         rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
             then unbiased.
         activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to

@@ -146,3 +146,56 @@ def test_random_networks_agree_with_detach(
         with backend.pinned(pattern):
             actual = compiled(model, loss, run)
         assert_equal(actual, eager(model, loss, [points[i] for i in pattern]), what=f"pattern {pattern} of {points}")
+
+
+class Stack(nn.Module):
+    """A stem, blocks, and a head."""
+
+    def __init__(self, blocks: list[tuple[str, tuple[str, str]]]) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(D, D), nn.Linear(D, D)
+        self.blocks = nn.ModuleList(Block(*block) for block in blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, x)
+        return self.head(x).square().mean()
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    blocks=st.lists(
+        st.tuples(st.sampled_from(("pre", "post", "scaled", "in place", "parallel")), st.tuples(KINDS, KINDS)),
+        min_size=2,
+        max_size=4,
+    ),
+    bits=st.lists(st.integers(0, 2**7 - 1), min_size=3, max_size=3),
+)
+def test_below_the_first_kept_branch_the_stream_is_detached(blocks: list[Any], bits: list[int]) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Stack(blocks)
+    owners = [index for index, block in enumerate(model.blocks) for _ in block.branches]  # type: ignore[union-attr]
+    points = [f"blocks.{o}.branches.{i - owners.index(o)}" for i, o in enumerate(owners)]
+    backend = dropbp_backend(inner="aot_eager", drop="below", pattern="lowest")
+    run = torch.compile(model, backend=backend)
+    x = torch.randn(2, 5, D)
+
+    def loss(m: Any) -> Tensor:
+        return m(x)
+
+    lowest = [2**count - 1 for count in range(1, len(points))]
+    for number in (0, *lowest, *bits):
+        pattern = [index for index in range(len(points)) if number >> index & 1]
+        if len(pattern) == len(points):
+            pattern.pop()
+        first = next(owners[index] for index in range(len(points)) if index not in pattern)
+        cut = model.blocks[first].register_forward_pre_hook(lambda _, inputs: tuple(x.detach() for x in inputs))
+        if first == 0:  # no block lies below
+            cut.remove()
+        expected = eager(model, loss, [points[index] for index in pattern])
+        cut.remove()
+        with backend.pinned(pattern):
+            actual = compiled(model, loss, run)
+        assert_equal(actual, expected, what=f"pattern {pattern}")

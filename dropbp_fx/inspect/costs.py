@@ -81,8 +81,8 @@ class CostModel:
         )
 
     def pattern(self, graph: CapturedGraph, dropped: Collection[int], *, below: bool) -> PatternCost:
-        """The cost of the pattern that drops the branches numbered ``dropped`` within ``graph``; with ``below``, nothing that
-        runs before the first kept one is trained.
+        """The cost of the pattern that drops the branches numbered ``dropped`` within ``graph``; with ``below``, nothing
+        that runs before the first kept one is trained.
 
         What one region makes and another saves counts once; parameters, buffers and graph inputs do not count.
         """
