@@ -99,8 +99,8 @@ class LowestPattern:
     With p the mean of the units' rates weighted by their FLOPs, the layers below the depth p of all FLOPs are dropped, the
     same ones in every draw but for the layer that the depth falls into, which is dropped in proportion. The last trainable
     layer and what follows it are never dropped. With a rate that grows over the run (the schedule "late_ramp") layers end
-    their training one after the other, the lowest first: progressive freezing, as in FreezeOut (Brock et al., 2017). What
-    lies below all layers, an embedding, goes on to be trained.
+    their training one after the other, the lowest first: progressive freezing, as in FreezeOut (Brock et al., 2017).
+    ``drop="below"`` ends the training of what lies below all layers, an embedding, with that of the first.
 
     Nested sets cannot honour the units' relative rates, only their sum. :meth:`frequencies` gives what they get.
     """

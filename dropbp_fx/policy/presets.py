@@ -4,7 +4,7 @@
 name                    what it does
 ======================  ===============================================================================================
 "dropbp"                random branches at a constant rate: the paper's, without its sensitivities
-"progressive_freezing"  all layers at first, then the lowest end their training one after the other
+"progressive_freezing"  all layers at first, then the lowest, and what lies below, end their training one after the other
 ======================  ===============================================================================================
 """
 
@@ -49,8 +49,9 @@ def presets() -> dict[str, Preset]:
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
             "all). It learns more than no dropping of the same FLOPs where all parameters are trained, and as much with "
-            "LoRA (docs/quality.md). Memory is that of no dropping at first and falls from then on. It must be told of the "
-            "run's progress.",
+            "LoRA (docs/quality.md). Memory is that of no dropping at first and falls from then on; at rates above 0.475 "
+            "the run begins with layers frozen (0.7: 45 %), which save memory throughout. It must be told of the run's "
+            "progress.",
             rate=0.25,
             pattern="lowest",
             schedule="late_ramp",
