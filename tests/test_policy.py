@@ -432,7 +432,7 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
         ({"allocation": "greedy"}, ValueError, r"allocation must be one of 'uniform', 'sensitivity', not 'greedy'"),
-        ({"drop": "inputs"}, ValueError, r"drop must be one of 'branch', 'weights', not 'inputs'"),
+        ({"drop": "inputs"}, ValueError, r"drop must be one of 'branch', 'weights', 'below', not 'inputs'"),
         ({"max_rate": 1.0}, ValueError, r"max_rate must be in \(0, 1\), not 1\.0"),
         ({"max_rate": "1"}, TypeError, r"max_rate must be a number in \(0, 1\), not '1'"),
         (
