@@ -71,7 +71,7 @@ class BackendState:
 class GraphPolicy:
     """What the policy says to one graph, whose branches have the ``indices`` in the backend's table.
 
-    With ``below``, nothing that runs before the model's lowest kept branch is trained, if a branch before that is dropped.
+    With ``below``, nothing that runs before the model's first kept branch is trained, if its first branch is dropped.
     """
 
     state: BackendState

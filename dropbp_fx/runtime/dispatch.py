@@ -191,7 +191,7 @@ def warmup_patterns(program: RegionProgram, *, below: bool) -> Iterator[tuple[Co
         for size in sizes:
             for mine in itertools.combinations(region.branches, size):
                 yield mine, False
-                if below and before and size < len(region.branches):
+                if below and size < len(region.branches):
                     yield (*before, *mine), True
         if below and before and region.branches:
             yield before, True

@@ -193,7 +193,7 @@ class Planner:
 
         Args:
             dropped: numbers of branches (of ``Region.branches``).
-            below: where the first branches are dropped, train nothing that runs before the first one that is kept.
+            below: where the first branch is dropped, train nothing that runs before the first one that is kept.
             repeatable: the backward of every region may run more than once.
         """
         regions = self._program.regions
@@ -258,13 +258,13 @@ class Planner:
         return labels, roles, live
 
     def _untrained(self, labels: Sequence[frozenset[int]]) -> int:
-        """How many regions come before the first one that keeps a branch; none if no branch before it is dropped."""
-        holding = [number for number, region in enumerate(self._program.regions) if region.branches]
-        kept = (number for number in holding if len(labels[number]) < len(self._program.regions[number].branches))
-        if not holding:
+        """How many regions come before the one of the first kept branch; none if the lowest branch of all is kept."""
+        regions = self._program.regions
+        holding = [number for number, region in enumerate(regions) if region.branches]
+        if not holding or 0 not in labels[holding[0]]:
             return 0
-        first = next(kept, holding[-1] + 1)
-        return 0 if first == holding[0] else first
+        kept = (number for number in holding if len(labels[number]) < len(regions[number].branches))
+        return next(kept, holding[-1] + 1)
 
     def _merged_links(self, roles: Sequence[_Role]) -> dict[int, tuple[tuple[int, int], ...]]:
         """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""

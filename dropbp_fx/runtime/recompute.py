@@ -24,7 +24,7 @@ class Drawn:
 
     Attributes:
         dropped: numbers of the graph's branches that it drops.
-        below: whether nothing is trained that runs before the graph's first kept branch, if a branch before that is dropped.
+        below: whether nothing is trained that runs before the graph's first kept branch, if its first branch is dropped.
         scales: what the gradients of each of the graph's branches are multiplied by if kept; empty if by nothing.
     """
 
