@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks import longest, targets
 from benchmarks.contestants import CONTESTANTS, DEFAULT
 from benchmarks.measure import Record, Request
-from benchmarks.processes import Clock, failed, in_own_process
+from benchmarks.processes import Clock, failed, in_own_process, without_first_steps
 from benchmarks.quality import cli as quality
 from benchmarks.results import ResultsFile, Run, load
 from benchmarks.suites import SUITES
@@ -136,10 +136,7 @@ def _run(chosen: argparse.Namespace) -> None:
         request = _request(chosen, "steps", name, values=values[CONTESTANTS[name].knob],
                            steps=chosen.steps, warmup=chosen.warmup)  # fmt: skip
         records = _measure(file, request, clock, chosen.cache)
-        for record in records:
-            if chosen.cache and "first_step_s" in record:
-                record["first_step_s"] = None  # what another process had compiled would make it look short
-        file.add(records)
+        file.add(without_first_steps(records) if chosen.cache else records)
     keys = ["contestant", "knob", "value", "first_step_s", "step_ms", "step_ms_mean", "host_ms", "activation_gib"]
     _print(file, "steps", keys)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import distributed_tables
 from benchmarks.distributed_worker import DistributedRequest
-from benchmarks.processes import Clock, failed, in_own_process
+from benchmarks.processes import Clock, failed, in_own_process, without_first_steps
 from benchmarks.results import ResultsFile, Run
 from benchmarks.suites import SUITES, shape_of
 
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             failures = request.measurement == "distributed failures"
             worker = "benchmarks.distributed_failures" if failures else "benchmarks.distributed_worker"
             records = in_own_process(request, clock, chosen.cache, worker=worker)
+        if chosen.cache:
+            records = without_first_steps(records)
         for record in records:
-            if chosen.cache and "first_step_s" in record:
-                record["first_step_s"] = None  # what another process had compiled would make it look short
             record.setdefault("engine", request.engine)
             record.setdefault("processes", request.processes)
             if "error" in record:

@@ -65,6 +65,11 @@ def in_own_process(
         return records
 
 
+def without_first_steps(records: list[Record]) -> list[Record]:
+    """Where compiled code was kept from before, first steps say nothing."""
+    return [{**record, "first_step_s": None} if "first_step_s" in record else record for record in records]
+
+
 def failed(request: Request, reason: str) -> Record:
     """The record of a process that left none."""
     return {

@@ -90,7 +90,7 @@ class GraphPolicy:
                 "none. Make it with find_unused_parameters=True, and without static_graph=True."
             )
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
-        below = self.below and schedule.drops_all_before(min(self.indices))
+        below = self.below and 0 in local and schedule.drops_all_before(self.indices[0])
         return Drawn(local, below, schedule.scales(self.indices))
 
     def observation(self) -> Observation | None:

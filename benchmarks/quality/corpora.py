@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
-import jinja2
-import mpmath
-import networkx
-import sympy
 import torch
 from torch import Tensor
 
@@ -32,11 +28,18 @@ _HELD_OUT_SHARE = 10
 _END = b"\x00"
 _PACKAGE = Path(torch.__file__).parent
 
+
+def _folders(*packages: str) -> tuple[Path, ...]:
+    """Where packages are, without importing them."""
+    found = (importlib.util.find_spec(package) for package in packages)
+    return tuple(Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None)
+
+
 #: By name: folders, and the suffixes of the files to read there.
 _SOURCES: dict[str, tuple[tuple[Path, ...], tuple[str, ...]]] = {
     "python": ((_PACKAGE, Path(sysconfig.get_path("stdlib"))), (".py",)),
-    "libraries": (tuple(Path(package.__file__).parent for package in (networkx, mpmath, jinja2, fsspec)), (".py",)),
-    "sympy": ((Path(sympy.__file__).parent,), (".py",)),
+    "libraries": (_folders("networkx", "mpmath", "jinja2", "fsspec"), (".py",)),
+    "sympy": (_folders("sympy"), (".py",)),
     "headers": ((_PACKAGE / "include",), (".h", ".hpp", ".cuh")),
 }
 NAMES = tuple(_SOURCES)
