@@ -166,7 +166,7 @@ class Lowering:
         for branch, name in zip(met.branches, met.names, strict=True):
             full = name.below(prefix)
             mine = schedule.meet(full.name, full.layer, trainable=branch.trainable, droppable=branch.droppable)
-            mine.backward_flops = branch.backward_flops
+            schedule.weigh(mine.index, branch.backward_flops)
             own.append(mine)
             log.info("residual branch %s in layer %s (code of %s)", full.name, full.layer, branch.name)
         schedule.assign()

@@ -177,6 +177,23 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_would_have() -> None:
     assert other.state_dict() == backend.state_dict()
 
 
+def test_what_a_branch_saves_is_settled_before_the_first_draw_from_it() -> None:
+    """Else draws would go by the order of past patterns, which a resumed run does not share.
+
+    Above dropped lowest layers a layer's input needs no gradient, and it runs the first layer's code, whose FLOPs are fewer.
+    """
+    model = Model()
+    for layer in model.layers:
+        layer.norm.requires_grad_(False)  # else the input's gradient is needed for the norm's
+    model, backend = make(model=model)
+    loss(model).backward()
+    flops = [branch.backward_flops for branch in backend.branches]
+    assert flops[0] < flops[2]
+    with backend.pinned([0, 1]):
+        loss(model).backward()
+    assert [branch.backward_flops for branch in backend.branches] == flops
+
+
 def test_a_state_of_a_deeper_model_is_refused() -> None:
     model, backend = make(model=Model(DEPTH + 1))
     loss(model).backward()
