@@ -395,7 +395,7 @@ def test_kept_gradients_are_those_of_detached_branches(workshop: Workshop) -> No
 
 
 def test_the_frontier_gives_losses_of_times_and_times_of_losses() -> None:
-    frontier = Frontier(Result("none", 0.0, t, 1e-3, (2.0 - t,), t, None) for t in (0.4, 0.6, 1.0))
+    frontier = Frontier(Result("none", 0.0, t, 1e-3, (2.0 - t,), t, None, 1.0, t) for t in (0.4, 0.6, 1.0))
     assert frontier.loss(0.8) == pytest.approx(1.2)
     assert frontier.loss(1.01) == pytest.approx(1.0)
     assert frontier.loss(0.3) is None
@@ -404,7 +404,7 @@ def test_the_frontier_gives_losses_of_times_and_times_of_losses() -> None:
     assert frontier.time(0.9) is None
     assert Frontier([]).loss(1.0) is None
     uneven = Frontier(
-        Result("none", 0.0, t, 1e-3, (loss,), t, None) for t, loss in ((0.65, 0.7), (0.8, 0.1), (1.0, 0.03))
+        Result("none", 0.0, t, 1e-3, (loss,), t, None, 1.0, t) for t, loss in ((0.65, 0.7), (0.8, 0.1), (1.0, 0.03))
     )
     assert [uneven.time(loss) for loss in (0.7, 0.1, 0.03)] == pytest.approx([0.65, 0.8, 1.0])
 
@@ -489,7 +489,14 @@ def test_only_methods_of_the_engine_have_long_runs(workshop: Workshop) -> None:
 
 def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
     points = (("none", 0.0, 1.0), ("none", 0.0, 0.5), ("window", 0.5, 1.0), ("checkpointing", 0.0, 0.1))
-    common = {"measurement": "quality", "task": "a task", "lr": 1.0, "step_ms": 1.0, "activation_gib": 0.0}
+    common = {
+        "measurement": "quality",
+        "task": "a task",
+        "size": "mini",
+        "lr": 1.0,
+        "step_ms": 1.0,
+        "activation_gib": 0.0,
+    }
     records = [
         {
             **common,
@@ -504,19 +511,19 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
         for name, rate, share in points
         for seed in (0, 1)
     ]
-    pictures.draw(records, tmp_path / "q.svg", by_flops=True)
+    pictures.draw(records, tmp_path / "q.svg", by_flops=["mini"])
     text = (tmp_path / "q.svg").read_text()
     assert all(f">{word}<" in text for word in ("a task", "no dropping", "window", "0.5", "FLOPs of the run"))
     assert "checkpointing" not in text
     with pytest.raises(ValueError, match="no task has a run of the contestant 'none' with all of its steps"):
-        pictures.draw(records[4:], tmp_path / "q.svg", by_flops=True)
+        pictures.draw(records[4:], tmp_path / "q.svg", by_flops=["mini"])
 
 
 def test_the_pages_tables_are_those_of_the_files() -> None:
-    """After new results: quality --by-flops --report benchmarks/results/*-quality-*.json --page docs/quality.md"""
+    """After new results: the command on the page that fills it."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
     records = [record for file in files for run in load(file) for record in run.records]
     page = (ROOT / "docs" / "quality.md").read_text()
-    tables = report.tables(records, by_flops=True)
+    tables = report.tables(records, by_flops=["12x256", "12x256-long"])
     assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)
     assert filled(page, tables) == page

@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one long run a contestant (--steps), watched, and resumed from its middle, instead of trainings",
     )
-    parser.add_argument("--by-flops", action="store_true", help="in the tables, let FLOPs stand for time")
+    parser.add_argument("--by-flops", nargs="*", choices=SIZES, metavar="SIZE", help="let FLOPs stand for time, of these "
+                        "sizes or of all; right where several runs shared a device, or the host was the limit")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="only print what the contestants are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
     parser.add_argument(
@@ -70,14 +71,16 @@ def main(chosen: argparse.Namespace) -> None:
     if chosen.list:
         print(report.contestants())
         return
+    by_flops = () if chosen.by_flops is None else chosen.by_flops or tuple(SIZES)
     if chosen.report:
         records = [record for path in chosen.report for one in load(path) for record in one.records]
         if chosen.page is None:
-            report.show(records, by_flops=chosen.by_flops)
+            report.show(records, by_flops=by_flops)
         else:
-            chosen.page.write_text(filled(chosen.page.read_text(), report.tables(records, by_flops=chosen.by_flops)))
+            tables = report.tables(records, by_flops=by_flops)
+            chosen.page.write_text(filled(chosen.page.read_text(), tables))
         if chosen.plot:
-            pictures.draw(records, chosen.plot, by_flops=chosen.by_flops)
+            pictures.draw(records, chosen.plot, by_flops=by_flops)
         return
     clock = Clock(chosen.time_limit)
     file = ResultsFile(chosen.out, Run.here(chosen.command_line, chosen.device), append=chosen.append)
@@ -112,7 +115,7 @@ def main(chosen: argparse.Namespace) -> None:
                 break
         if clock.left() == 0:
             break
-    report.show(file.run.records, by_flops=chosen.by_flops)
+    report.show(file.run.records, by_flops=by_flops)
 
 
 def _keep(file: ResultsFile, record: Record) -> None:

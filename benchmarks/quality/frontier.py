@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -21,6 +21,8 @@ class Result:
         losses: held-out losses, one a seed.
         time: of a run, as a share of that of "none" with all steps: measured, or by FLOPs.
         memory: peak of a step above what was held before it, as a share of that of "none"; ``None`` on a CPU.
+        step_ms: a step's time, ``None`` where FLOPs stand for it.
+        flops: of a run, as a share of those of "none".
     """
 
     contestant: str
@@ -30,6 +32,8 @@ class Result:
     losses: tuple[float, ...]
     time: float
     memory: float | None
+    step_ms: float | None
+    flops: float
 
     @property
     def loss(self) -> float:
@@ -68,10 +72,16 @@ class Frontier:
         return float(brentq(lambda time: self._curve(time) - loss, early, late))
 
 
-def results_by_task(records: Sequence[Record], *, by_flops: bool = False) -> Iterator[tuple[str, list[Result]]]:
-    """Each task's name and :func:`results`, for those tasks that have a run of "none" to compare with."""
-    for task in dict.fromkeys(record["task"] for record in records if record["measurement"] == "quality"):
-        found = results([record for record in records if record["task"] == task], by_flops=by_flops)
+def results_by_task(records: Sequence[Record], *, by_flops: Container[str] = ()) -> Iterator[tuple[str, list[Result]]]:
+    """Each task's name and :func:`results`, for those tasks that have a run of "none" to compare with.
+
+    Args:
+        records: of any kind.
+        by_flops: sizes of whose runs FLOPs stand for time.
+    """
+    sizes = {record["task"]: record["size"] for record in records if record["measurement"] == "quality"}
+    for task, size in sizes.items():
+        found = results([record for record in records if record["task"] == task], by_flops=size in by_flops)
         if found:
             yield task, found
 
@@ -90,6 +100,7 @@ def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result
     step_ms = statistics.median(record["step_ms"] for record in baseline)
     steps = baseline[0]["steps"]
     memory = statistics.median(record["activation_gib"] for record in baseline)
+    timed = memory > 0 and not by_flops
     found = []
     for key in dict.fromkeys((r["contestant"], r["rate"], r["share"]) for r in good):
         mine = [r for r in good if (r["contestant"], r["rate"], r["share"]) == key]
@@ -98,17 +109,18 @@ def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result
             continue
         first = min(tuning, key=lambda r: r["eval_loss"])
         best = [r for r in mine if r["lr"] == first["lr"]]
-        if memory and not by_flops:
-            time = statistics.median(r["step_ms"] for r in best) / step_ms
-        else:
-            time = statistics.median(r["flops_share"] for r in best)
+        mine_ms = statistics.median(r["step_ms"] for r in best)
+        length = first["steps"] / steps
+        flops = statistics.median(r["flops_share"] for r in best) * length
         found.append(
             Result(
                 *key,
-                first["lr"],
-                tuple(r["eval_loss"] for r in sorted(best, key=lambda r: r["seed"])),
-                time * first["steps"] / steps,
-                statistics.median(r["activation_gib"] for r in best) / memory if memory else None,
+                lr=first["lr"],
+                losses=tuple(r["eval_loss"] for r in sorted(best, key=lambda r: r["seed"])),
+                time=mine_ms / step_ms * length if timed else flops,
+                memory=statistics.median(r["activation_gib"] for r in best) / memory if memory else None,
+                step_ms=mine_ms if timed else None,
+                flops=flops,
             )
         )
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,13 @@ from benchmarks.quality.frontier import Result, results_by_task
 from benchmarks.quality.methods import EXACT
 
 
-def draw(records: Sequence[Record], path: Path, *, by_flops: bool) -> None:
+def draw(records: Sequence[Record], path: Path, *, by_flops: Container[str] = ()) -> None:
     """Draw a panel for each task into an SVG file; bars are standard deviations over seeds.
+
+    Args:
+        records: of any kind.
+        path: of the file.
+        by_flops: sizes in whose panels FLOPs stand for time.
 
     Raises:
         ValueError: the records hold no task with runs of "none".
@@ -32,7 +37,8 @@ def draw(records: Sequence[Record], path: Path, *, by_flops: bool) -> None:
                 if mine:
                     colour, marker = styles.get(name, (INK, "o"))
                     _line(axis, name, mine, colour, marker)
-            axis.set(title=task, xlabel="FLOPs of the run" if by_flops else "time of the run", ylabel="held-out loss")
+            timed = found[0].step_ms is not None
+            axis.set(title=task, xlabel="time of the run" if timed else "FLOPs of the run", ylabel="held-out loss")
             axis.grid(color=INK, alpha=0.25)
             axis.legend(frameon=False, fontsize=7)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tabulate import tabulate
 
@@ -11,12 +11,17 @@ from benchmarks.measure import Record
 from benchmarks.quality.frontier import Frontier, Result, results_by_task
 from benchmarks.quality.methods import EXACT, methods
 
-_HEADERS = ("contestant", "rate", "lr", "loss", "sd", "time", "same time, none", "gap", "same time, checkpointed", "gap",
-            "time of none to this loss", "memory")  # fmt: skip
+_HEADERS = ("contestant", "rate", "lr", "loss", "sd", "step, ms", "FLOPs", "time", "same time, none", "gap",
+            "same time and memory, none", "gap", "time of none to this loss", "memory")  # fmt: skip
 
 
-def tables(records: Sequence[Record], *, by_flops: bool = False) -> dict[str, str]:
-    """Markdown tables by the name of what they are about: each task, its gradient statistics, its long runs."""
+def tables(records: Sequence[Record], *, by_flops: Container[str] = ()) -> dict[str, str]:
+    """Markdown tables by the name of what they are about: each task, its gradient statistics, its long runs.
+
+    Args:
+        records: of any kind.
+        by_flops: sizes in whose tables FLOPs stand for time.
+    """
     return {
         **{task: _losses(found) for task, found in results_by_task(records, by_flops=by_flops)},
         **_statistics(records),
@@ -24,8 +29,8 @@ def tables(records: Sequence[Record], *, by_flops: bool = False) -> dict[str, st
     }
 
 
-def show(records: Sequence[Record], *, by_flops: bool = False) -> None:
-    """Print all tables."""
+def show(records: Sequence[Record], *, by_flops: Container[str] = ()) -> None:
+    """Print all tables; arguments are those of :func:`tables`."""
     for name, table in tables(records, by_flops=by_flops).items():
         print(f"\n{name}\n\n{table}")
 
@@ -35,7 +40,8 @@ def _losses(found: Sequence[Result]) -> str:
     known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
     table = [[row[number] for number in known] for row in rows]
     headers = [_HEADERS[number] for number in known]
-    text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=[headers.index("lr")])
+    as_they_are = [headers.index(name) for name in ("lr", "step, ms") if name in headers]
+    text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=as_they_are)
     steps = [
         f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
         f"and {result.memory:.3f} of the memory."
@@ -48,23 +54,18 @@ def _losses(found: Sequence[Result]) -> str:
 def _rows(found: Sequence[Result]) -> list[list[object]]:
     """Rows under ``_HEADERS``.
 
-    "same time, none": what "none" reaches in the contestant's time. "checkpointed": what it reaches if each of its
-    steps takes as long as one whose layers are all recomputed.
+    "same time, none": what "none" reaches in the contestant's time. "same time and memory": what it reaches if as many
+    layers are recomputed as bring its memory down to the contestant's, so that it can take fewer steps.
     """
     frontier = Frontier(result for result in found if result.contestant == "none")
-    slower = _checkpointing(found)
-    return [_row(result, frontier, slower) for result in found if result.contestant not in EXACT]
+    recomputing = next((result for result in found if result.contestant == "checkpointing"), None)
+    return [_row(result, frontier, recomputing) for result in found if result.contestant not in EXACT]
 
 
-def _checkpointing(found: Sequence[Result]) -> float | None:
-    """How much longer a step takes whose layers are recomputed."""
-    times = [result.time / result.share for result in found if result.contestant == "checkpointing"]
-    return times[0] if times else None
-
-
-def _row(result: Result, frontier: Frontier, slower: float | None) -> list[object]:
+def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list[object]:
     name = result.contestant if result.share == 1.0 else f"{result.contestant}, {result.share:.0%} of the steps"
     same = frontier.loss(result.time)
+    slower = recomputing and slower_at(result.memory, recomputing)
     rival = frontier.loss(result.time / slower) if slower else None
     return [
         name,
@@ -72,6 +73,8 @@ def _row(result: Result, frontier: Frontier, slower: float | None) -> list[objec
         f"{result.lr:.2g}",
         result.loss,
         result.spread,
+        None if result.step_ms is None else f"{result.step_ms:.1f}",
+        None if result.step_ms is None else result.flops,
         result.time,
         same,
         None if same is None else result.loss - same,
@@ -80,6 +83,18 @@ def _row(result: Result, frontier: Frontier, slower: float | None) -> list[objec
         frontier.time(result.loss),
         result.memory,
     ]
+
+
+def slower_at(memory: float | None, recomputing: Result) -> float | None:
+    """How much longer exact steps take with as many layers recomputed as bring their memory down to a share.
+
+    Between none and all of the layers, memory and time are taken to be linear in their number. ``None`` where recomputing
+    all of them leaves more.
+    """
+    if memory is None or recomputing.memory is None or memory < recomputing.memory:
+        return None
+    layers = max(1.0 - memory, 0.0) / (1.0 - recomputing.memory)
+    return 1.0 + layers * (recomputing.time / recomputing.share - 1.0)
 
 
 def _long_runs(records: Sequence[Record]) -> dict[str, str]:

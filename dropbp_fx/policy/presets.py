@@ -48,10 +48,10 @@ def presets() -> dict[str, Preset]:
         "progressive_freezing": Preset(
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
-            "all). It learns more than no dropping of the same FLOPs where all parameters are trained, and as much with "
-            "LoRA (docs/quality.md). Memory is that of no dropping at first and falls from then on; at rates above 0.475 "
-            "the run begins with layers frozen (0.7: 45 %), which save memory throughout. It must be told of the run's "
-            "progress.",
+            "all). Where all parameters are trained it learns more than no dropping in the same time; take 0.5 to 0.7 there. "
+            "With LoRA it learns as much at 0.25 and less above (docs/quality.md). Memory is that of no dropping at first "
+            "and falls from then on; at rates above 0.475 the run begins with layers frozen (0.7: 45 %), which save memory "
+            "throughout. It must be told of the run's progress.",
             rate=0.25,
             pattern="lowest",
             schedule="late_ramp",
