@@ -38,7 +38,7 @@ FILES = tuple(
         "8b-lora-losses",
         "failures",
     )
-)
+) + (_RESULTS / "cpu-8b-lora-patterns.json",)
 ALONE = tuple(_RESULTS / f"h200-{name}.json" for name in ("1b-suite", "8b-lora"))
 
 
@@ -150,6 +150,8 @@ def patterns(runs: Iterable[Run]) -> list[Record]:
     return [
         projection.label(record)
         | {
+            "machine": run.machine,
+            "layers": record["layers"],
             "steps": record["steps"],
             "different patterns": record["different_patterns"],
             "ranks agree": _yes(record["agree"]),

@@ -48,7 +48,7 @@ def presets() -> dict[str, Preset]:
         "progressive_freezing": Preset(
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
-            "all). Where all parameters are trained it learns more than no dropping in the same time; take 0.5 to 0.7 there. "
+            "all). Where all parameters are trained it learns more than no dropping in the same time; take 0.5 to 0.7. "
             "With LoRA it learns as much at 0.25 and less above (docs/quality.md). Memory is that of no dropping at first "
             "and falls from then on; at rates above 0.475 the run begins with layers frozen (0.7: 45 %), which save memory "
             "throughout. It must be told of the run's progress.",
