@@ -27,18 +27,19 @@ _ALONE = {"dropbp_fx, present gradients": "dropbp_fx", "dropbp_fx, needed gather
 _RESULTS = ROOT / "benchmarks" / "results"
 #: What is in the documentation.
 FILES = tuple(
-    _RESULTS / f"h200x2-{name}.json"
+    _RESULTS / f"{name}.json"
     for name in (
-        "1b-ddp",
-        "1b-fsdp2",
-        "1b-fsdp2-blocks",
-        "8b-lora-ddp",
-        "8b-lora-fsdp2",
-        "1b-losses",
-        "8b-lora-losses",
-        "failures",
+        "h200x2-1b-ddp",
+        "h200x2-1b-fsdp2",
+        "h200x2-1b-fsdp2-blocks",
+        "h200x2-8b-lora-ddp",
+        "h200x2-8b-lora-fsdp2",
+        "h200x2-1b-losses",
+        "h200x2-8b-lora-losses",
+        "cpu-8b-lora-patterns",
+        "h200x2-failures",
     )
-) + (_RESULTS / "cpu-8b-lora-patterns.json",)
+)
 ALONE = tuple(_RESULTS / f"h200-{name}.json" for name in ("1b-suite", "8b-lora"))
 
 
