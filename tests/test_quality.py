@@ -432,6 +432,45 @@ def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> N
     assert results([{**record, "activation_gib": 0.0} for record in records if "error" not in record])[1].time == 0.6
 
 
+def test_the_rival_of_equal_memory_recomputes_as_many_layers_as_it_takes() -> None:
+    recomputing = Result("checkpointing", 0.0, 0.1, 1.0, (2.0,), 0.13, 0.25, 13.0, 0.1)
+    assert report.slower_at(0.25, recomputing) == pytest.approx(1.3)
+    assert report.slower_at(0.625, recomputing) == pytest.approx(1.15)
+    assert report.slower_at(1.1, recomputing) == 1.0
+    assert report.slower_at(0.2, recomputing) is None
+    assert report.slower_at(None, recomputing) is None
+
+
+def test_tables_go_by_time_or_by_flops_for_each_size() -> None:
+    def task(size: str) -> list[dict[str, Any]]:
+        return [
+            {**record, "size": size, "task": f"{size}, a task"}
+            for record in (
+                record_of("none", 1.0, 0, 2.0, rate=0.0, step_ms=10.0, activation_gib=4.0, flops_share=1.0),
+                record_of("none", 1.0, 0, 3.0, rate=0.0, step_ms=10.0, activation_gib=4.0, flops_share=1.0, share=0.5,
+                          steps=5),
+                record_of("checkpointing", 1.0, 0, 9.0, rate=0.0, step_ms=12.5, activation_gib=1.0, steps=1, share=0.1),
+                record_of("window", 1.0, 0, 2.5, activation_gib=2.5),
+            )
+        ]  # fmt: skip
+
+    timed, by_flops = report.tables([*task("12x768"), *task("mini")], by_flops=["mini"]).values()
+    rows = [dict(zip(cells(timed)[0], row, strict=False)) for row in cells(timed)[2:]]
+    window = next(row for row in rows if row["contestant"] == "window")
+    assert (window["step, ms"], window["FLOPs"], window["time"]) == ("7.0", "0.600", "0.700")
+    assert float(window["same time, none"]) == pytest.approx(2.6)
+    # Half of the layers recomputed: 1.125 times as long a step.
+    assert float(window["same time and memory, none"]) == pytest.approx(3 - (0.7 / 1.125 - 0.5) / 0.5, abs=1e-3)
+    assert "step, ms" not in by_flops
+    assert next(row for row in cells(by_flops) if row[0] == "window")[cells(by_flops)[0].index("time")] == "0.600"
+
+
+def cells(table: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+
+
 def test_the_command_writes_records_and_prints_gaps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], workshop: Workshop
 ) -> None:
