@@ -425,9 +425,9 @@ def dropbp_backend(
             with a schedule, over the run.
         policy: what stands in for ``rate``, ``pattern``, ``schedule``, ``allocation`` and ``drop`` where they are ``None``
             (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
-            0.5. "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one
-            after the other, a quarter of the backward in all (at rate 0.7 nearly half of the layers are frozen from the
-            start); it must be told of the run's progress.
+            0.5. "freezing": the lower half of the layers is not trained. "progressive_freezing": exact in the first half of
+            the run, then the lowest layers end their training one after the other, a quarter of the backward in all (at
+            rate 0.7 nearly half of the layers are frozen from the start); it must be told of the run's progress.
         granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
         pattern: which branches are dropped together: "random" (the paper), "independent", "lowest" (the lowest layers, the
             same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers), or

@@ -396,6 +396,21 @@ def test_every_policy_makes_a_backend_and_says_what_it_does(name: str) -> None:
     assert f'"{name}"' in str(dropbp_backend.__doc__)
 
 
+def test_freezing_is_what_requires_grad_false_on_the_lowest_layers_and_the_embedding_is() -> None:
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 4})).double()
+    _, run = compile_model(model, None, policy="freezing")
+    actual = compiled(model, language_loss, run)
+    frozen = copy.deepcopy(model)
+    frozen.model.layers[:2].requires_grad_(False)
+    frozen.model.embed_tokens.requires_grad_(False)
+    expected = eager(frozen, language_loss, ())
+    everywhere = {name: expected.gradients.get(name) for name in actual.gradients}
+    assert_equal(actual, Result(expected.loss, everywhere), rtol=1e-7, atol=1e-9)
+    assert sum(gradient is None for gradient in everywhere.values()) == 1 + sum(
+        1 for _ in frozen.model.layers[:2].parameters()
+    )
+
+
 def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_above_exact() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 4})).double()
     backend, run = compile_model(model, 0.25, policy="progressive_freezing")
@@ -426,9 +441,14 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         (
             {"policy": "freeze"},
             ValueError,
-            r"no policy named 'freeze'; the names are 'dropbp', 'progressive_freezing'\. Pass one of them, or pattern=",
+            r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing'\. Pass one of them, or "
+            r"pattern=",
         ),
-        ({"policy": None}, TypeError, r"policy must be one of the names 'dropbp', 'progressive_freezing', not None"),
+        (
+            {"policy": None},
+            TypeError,
+            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', not None",
+        ),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
         ({"allocation": "greedy"}, ValueError, r"allocation must be one of 'uniform', 'sensitivity', not 'greedy'"),

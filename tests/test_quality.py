@@ -432,6 +432,16 @@ def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> N
     assert results([{**record, "activation_gib": 0.0} for record in records if "error" not in record])[1].time == 0.6
 
 
+def test_a_rank_of_its_own_is_in_the_tasks_name() -> None:
+    assert Task("tiny", "mild", "lora").name == "tiny, mild, lora"
+    task = Task("tiny", "mild", "lora", 64, lora_rank=32)
+    assert (task.name, task.shape.lora_rank) == ("tiny, mild, lora, rank 32, 64 windows", 32)
+    assert (dataclasses.replace(task, tuning="full").name, task.conditions["lora_rank"]) == (
+        "tiny, mild, full, 64 windows",
+        32,
+    )
+
+
 def test_the_rival_of_equal_memory_recomputes_as_many_layers_as_it_takes() -> None:
     recomputing = Result("checkpointing", 0.0, 0.1, 1.0, (2.0,), 0.13, 0.25, 13.0, 0.1)
     assert report.slower_at(0.25, recomputing) == pytest.approx(1.3)

@@ -16,7 +16,7 @@ from benchmarks.pages import filled
 from benchmarks.processes import Clock
 from benchmarks.quality import endurance, pictures, report, statistics
 from benchmarks.quality.methods import EXACT, methods
-from benchmarks.quality.tasks import SHIFTS, SIZES, TUNINGS, Task, Workshop
+from benchmarks.quality.tasks import LORA_RANK, SHIFTS, SIZES, TUNINGS, Task, Workshop
 from benchmarks.quality.training import Plan, before_tuning, run
 from benchmarks.results import ResultsFile, Run, load
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lrs", nargs="+", type=float, help="learning rates to tune over")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--windows", type=int, help="size of the data set, for the data-limited regime")
+    parser.add_argument("--lora-rank", type=int, default=LORA_RANK)
     parser.add_argument("--steps", type=int, help="instead of the size's")
     parser.add_argument("--pretrain-steps", type=int, help="instead of the size's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +88,7 @@ def main(chosen: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     workshop = Workshop(chosen.size, chosen.device, chosen.inner, chosen.folder, chosen.pretrain_steps, chosen.steps)
     tasks = [
-        Task(chosen.size, shift, tuning, chosen.windows)
+        Task(chosen.size, shift, tuning, chosen.windows, chosen.lora_rank)
         for tuning, shift in itertools.product(chosen.tunings, chosen.shifts)
     ]
     file.add(before_tuning(workshop, tasks))

@@ -22,7 +22,8 @@ from benchmarks.quality.corpora import Batches, Corpus
 _BYTES = 256
 _CLIP = 1.0
 _WARMUP = 0.05
-_LORA_RANK = 8
+#: The rank where none is asked for.
+LORA_RANK = 8
 
 #: Corpora by the strength of the shift from what the model was pretrained on.
 SHIFTS = {"slight": "libraries", "mild": "sympy", "strong": "headers"}
@@ -75,22 +76,25 @@ class Task:
         shift: one of ``SHIFTS``.
         tuning: "full" trains all parameters, "lora" low-rank updates of all linear layers.
         windows: size of the data set, ``None`` for as much as there is: each window is then seen once.
+        lora_rank: of the updates.
     """
 
     size: str
     shift: str
     tuning: str
     windows: int | None = None
+    lora_rank: int = LORA_RANK
 
     @property
     def shape(self) -> Shape:
         shape = SIZES[self.size].shape
-        return dataclasses.replace(shape, lora_rank=_LORA_RANK) if self.tuning == "lora" else shape
+        return dataclasses.replace(shape, lora_rank=self.lora_rank) if self.tuning == "lora" else shape
 
     @property
     def name(self) -> str:
+        rank = "" if self.lora_rank == LORA_RANK or self.tuning == "full" else f", rank {self.lora_rank}"
         small = "" if self.windows is None else f", {self.windows} windows"
-        return f"{self.size}, {self.shift}, {self.tuning}{small}"
+        return f"{self.size}, {self.shift}, {self.tuning}{rank}{small}"
 
     @property
     def conditions(self) -> dict[str, object]:
