@@ -59,6 +59,7 @@ def _llama(layers: int, width: int, batch: int, tokens: int) -> Shape:
 SIZES = {
     "tiny": Size(_llama(4, 48, 2, 32), 4, 1e-3, 8, 4, 1.0),
     "mini": Size(_llama(12, 96, 16, 128), 800, 2e-3, 400, 64, 6.0),
+    "mini-long": Size(_llama(12, 96, 16, 128), 800, 2e-3, 1200, 64, 6.0),  # where more steps gain less
     "12x256": Size(_llama(12, 256, 32, 256), 3000, 1e-3, 600, 256, 12.0),
     "12x256-long": Size(_llama(12, 256, 32, 256), 20000, 1e-3, 600, 256, 64.0),  # knows its language
     "12x768": Size(_llama(12, 768, 64, 512), 1200, 6e-4, 300, 128, 24.0),
