@@ -442,6 +442,17 @@ def test_a_rank_of_its_own_is_in_the_tasks_name() -> None:
     )
 
 
+def test_what_would_be_another_task_or_corpus_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"lora_rank must be at least 1, not 0\. To train all weights, take the tuning 'full'\."
+    ):
+        Task("tiny", "mild", "lora", lora_rank=0)
+    with pytest.raises(
+        ModuleNotFoundError, match="The package nowhere_to_be_found, whose source is part of a corpus, is not"
+    ):
+        corpora._folders("sympy", "nowhere_to_be_found")
+
+
 def test_the_rival_of_equal_memory_recomputes_as_many_layers_as_it_takes() -> None:
     recomputing = Result("checkpointing", 0.0, 0.1, 1.0, (2.0,), 0.13, 0.25, 13.0, 0.1)
     assert report.slower_at(0.25, recomputing) == pytest.approx(1.3)

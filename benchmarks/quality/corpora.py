@@ -30,9 +30,18 @@ _PACKAGE = Path(torch.__file__).parent
 
 
 def _folders(*packages: str) -> tuple[Path, ...]:
-    """Where packages are, without importing them."""
-    found = (importlib.util.find_spec(package) for package in packages)
-    return tuple(Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None)
+    """Where packages are, without importing them.
+
+    Raises:
+        ModuleNotFoundError: one is not installed; a corpus without it would be another one.
+    """
+    folders = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"The package {package}, whose source is part of a corpus, is not installed.")
+        folders.append(Path(spec.origin).parent)
+    return tuple(folders)
 
 
 #: By name: folders, and the suffixes of the files to read there.

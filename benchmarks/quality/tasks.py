@@ -78,6 +78,9 @@ class Task:
         tuning: "full" trains all parameters, "lora" low-rank updates of all linear layers.
         windows: size of the data set, ``None`` for as much as there is: each window is then seen once.
         lora_rank: of the updates.
+
+    Raises:
+        ValueError: the rank is below 1.
     """
 
     size: str
@@ -85,6 +88,12 @@ class Task:
     tuning: str
     windows: int | None = None
     lora_rank: int = LORA_RANK
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:  # to a shape, 0 means that everything is trained
+            raise ValueError(
+                f"lora_rank must be at least 1, not {self.lora_rank}. To train all weights, take the tuning 'full'."
+            )
 
     @property
     def shape(self) -> Shape:

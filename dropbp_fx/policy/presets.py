@@ -49,8 +49,8 @@ def presets() -> dict[str, Preset]:
         "freezing": Preset(
             about="The lowest layers and the embedding below them are not trained, as with requires_grad_(False), and the "
             "gradients of all others are exact. Half of the layers save a third of a step's time and half of its activation "
-            "memory. Where all parameters are trained that learns more than no dropping in the same time, with LoRA less "
-            "(docs/quality.md). It need not be told of the run's progress.",
+            "memory. Where all parameters are trained that learns more than no dropping in the same time, with LoRA of rank "
+            "8 less (docs/quality.md). It need not be told of the run's progress.",
             rate=0.5,
             pattern="lowest",
             drop="below",
@@ -59,9 +59,9 @@ def presets() -> dict[str, Preset]:
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
             "all). Where all parameters are trained it learns more than no dropping in the same time; take 0.5 to 0.7. "
-            "With LoRA it learns as much at 0.25 and less above (docs/quality.md). Memory is that of no dropping at first "
-            "and falls from then on; at rates above 0.475 the run begins with layers frozen (0.7: 45 %), which save memory "
-            "throughout. It must be told of the run's progress.",
+            "With LoRA of rank 8 it learns as much at 0.25 and less above (docs/quality.md). Memory is that of no dropping "
+            "at first and falls from then on; above 0.475 the run begins with layers frozen (0.7: 45 %), which save "
+            "memory throughout. It must be told of the run's progress.",
             rate=0.25,
             pattern="lowest",
             schedule="late_ramp",
