@@ -98,6 +98,10 @@ def methods() -> dict[str, Method]:
         "window, ramp": _engine("a window, rate from 0 to twice", options={**window, "schedule": "ramp_up"}),
         "window, step": _engine("a window, exact in the first half", options={**window, "schedule": "step"}),
         "suffix, ramp": _engine("suffix, rate from 0 to twice", options={"pattern": "suffix", "schedule": "ramp_up"}),
+        "policy freezing": _engine(
+            "the lowest layers, always the same ones, and all below them: freezing as the package does it",
+            options={"policy": "freezing"},
+        ),
         "progressive freezing": _engine(
             "exact at first, then the lowest layers are dropped one after the other, the embedding with the first",
             options={"policy": "progressive_freezing"},
