@@ -49,7 +49,9 @@ class Linear(nn.Module):
         super().__init__()
         full = shape.lora_rank == 0
         weight = torch.empty(outputs, inputs).normal_(std=0.02)
-        self.four_bit, self.rank = shape.four_bit, shape.lora_rank
+        self.four_bit = shape.four_bit
+        self.a: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
         if self.four_bit:
             packed, scales = quantise(weight)
             self.register_buffer("packed", packed)
@@ -57,9 +59,15 @@ class Linear(nn.Module):
         else:
             self.weight = nn.Parameter(weight, full)
         self.bias = nn.Parameter(torch.zeros(outputs), full) if bias else None
-        if self.rank:
-            self.a = nn.Parameter(torch.empty(self.rank, inputs).normal_(std=0.02))
-            self.b = nn.Parameter(torch.zeros(outputs, self.rank))
+        self.inputs, self.outputs = inputs, outputs
+        self.begin_update(shape.lora_rank)
+
+    def begin_update(self, rank: int) -> None:
+        """Put a new low-rank update in place of the present one; it changes nothing yet. With rank 0 there is none."""
+        self.rank = rank
+        like = {} if self.a is None else {"dtype": self.a.dtype, "device": self.a.device}
+        self.a = nn.Parameter(torch.empty(rank, self.inputs, **like).normal_(std=0.02)) if rank else None
+        self.b = nn.Parameter(torch.zeros(self.outputs, rank, **like)) if rank else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.four_bit:
@@ -67,7 +75,9 @@ class Linear(nn.Module):
             y = y if self.bias is None else y + self.bias
         else:
             y = F.linear(x, self.weight, self.bias)
-        return y + F.linear(F.linear(x, self.a), self.b) if self.rank else y
+        if self.a is None or self.b is None:
+            return y
+        return y + F.linear(F.linear(x, self.a), self.b)
 
 
 class LlamaLayer(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.__main__ import main
-from benchmarks.models import Decoder
+from benchmarks.models import Decoder, Linear
 from benchmarks.pages import filled
 from benchmarks.processes import ROOT
 from benchmarks.quality import corpora, pictures, report, statistics
@@ -44,9 +44,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop("tiny", "cpu", "aot_eager", tmp_path_factory.mktemp("weights"))
 
 
-def attempt_of(workshop: Workshop, name: str, rate: float = 0.5, steps: int = 8) -> tuple[Decoder, Any]:
+def attempt_of(
+    workshop: Workshop, name: str, rate: float = 0.5, steps: int = 8, task: Task = TASK
+) -> tuple[Decoder, Any]:
     torch._dynamo.reset()
-    model = workshop.model(TASK)
+    model = workshop.model(task)
     return model, methods()[name].make(model, Setting(rate, "aot_eager", steps, contextlib.nullcontext))
 
 
@@ -121,6 +123,45 @@ def test_freezing_trains_the_upper_layers_only(workshop: Workshop) -> None:
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert {name.split(".")[1] for name in trained if name.startswith("layers.")} == {"2", "3"}
     assert not any(name.startswith("embedding") for name in trained)
+
+
+def test_freezing_with_lora_leaves_out_updates_below_and_may_raise_the_rank_above(workshop: Workshop) -> None:
+    task, ids = Task("tiny", "strong", "lora", lora_rank=4), ids_of(workshop)
+    trained = sum(p.numel() for p in workshop.model(task).parameters() if p.requires_grad)
+    for name, rank, size in (("freezing", 4, trained / 2), ("freezing, same size", 8, trained)):
+        model, attempt = attempt_of(workshop, name, task=task)
+        ranks = [{m.rank for m in layer.modules() if isinstance(m, Linear)} for layer in model.layers]
+        assert ranks == [{0}, {0}, {rank}, {rank}]
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size
+        loss = attempt.training_loss(ids)
+        torch.testing.assert_close(loss, workshop.model(task)(ids))  # updates add nothing at first
+        loss.backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        again, _ = attempt_of(workshop, name, task=task)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("nested batch", [2, 2, 4, 4]), ("nested batch, gradual", [2, 3, 3, 4])])
+def test_a_layer_of_a_nested_batch_is_trained_on_its_windows_without_bias(
+    workshop: Workshop, name: str, sizes: list[int]
+) -> None:
+    model, attempt = attempt_of(workshop, name, rate=0.25)
+    ids = torch.cat([ids_of(workshop, 0), ids_of(workshop, 1)])
+    loss = attempt.training_loss(ids)
+    loss.backward()
+    reference = workshop.model(TASK)
+    torch.testing.assert_close(loss, reference(ids))
+    for layer, size in enumerate(sizes):
+        reference.zero_grad()
+        reference(ids[:size]).backward()  # the mean over these windows
+        mine, other = model.layers[layer].parameters(), reference.layers[layer].parameters()
+        for gradient, expected in ((a.grad, b.grad) for a, b in zip(mine, other, strict=True)):
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    optimizer = make_optimizer(attempt.groups(), "cpu")
+    set_learning_rate(optimizer, 1e-3)
+    attempt.before_update(optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([1e-3 * share**0.5 for share in (*attempt.shares, 1.0)])
 
 
 def test_an_embedding_below_frozen_layers_is_not_trained_either(workshop: Workshop) -> None:

@@ -77,8 +77,13 @@ class Attempt:
 
 def step_flops(model: Decoder, ids: Tensor) -> int:
     """FLOPs of a forward and backward, without compiling and without an optimizer."""
+    return count_flops(model, lambda: model(ids))
+
+
+def count_flops(model: Decoder, loss: Callable[[], Tensor]) -> int:
+    """FLOPs of what gives a loss of the model, and of its backward."""
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        model(ids).backward()
+        loss().backward()
     model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
 

@@ -10,7 +10,7 @@ from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
 from benchmarks.quality.dropping import Engine, FreezeOut
 from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
-from benchmarks.quality.rivals import Freezing, Selective, Skipping, SmallerBatch, Tokens
+from benchmarks.quality.rivals import Freezing, NestedBatch, Selective, Skipping, SmallerBatch, Tokens
 from dropbp_fx.policy.patterns import LowestPattern, RandomPattern, WindowPattern
 
 
@@ -154,7 +154,11 @@ def methods() -> dict[str, Method]:
             "a window whose rate keeps the added variance at a quarter", options=window, control=0.25
         ),
         # ---- other ways to spend less
-        "freezing": Method(Freezing, "the lowest layers are not trained"),
+        "freezing": Method(Freezing, "the lowest layers are not trained; with LoRA they have no updates"),
+        "freezing, same size": Method(
+            lambda model, setting: Freezing(model, setting, same_size=True),
+            "with LoRA, the other layers have so much higher a rank that as many parameters are trained as without",
+        ),
         "FreezeOut": Method(FreezeOut, "layers end their training in turn, the lowest first (Brock et al., 2017)"),
         "FreezeOut, scaled": Method(
             lambda model, setting: FreezeOut(model, setting, scaled=True),
@@ -176,6 +180,12 @@ def methods() -> dict[str, Method]:
         "sampled tokens": Method(
             lambda model, setting: Tokens(model, setting, sampled=True),
             "the same, drawn in proportion to them and scaled: unbiased",
+        ),
+        "nested batch": Method(
+            NestedBatch, "the lower half of the layers is trained on a part of each batch: unbiased"
+        ),
+        "nested batch, gradual": Method(
+            lambda model, setting: NestedBatch(model, setting, gradual=True), "a larger part the higher the layer"
         ),
         "smaller batch": Method(SmallerBatch, "exact steps on a part of each batch"),
         "selective": Method(Selective, "a step on the windows of largest loss (Jiang et al., 2019)"),

@@ -11,21 +11,101 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import compiled_parts
-from benchmarks.models import Decoder
-from benchmarks.quality.attempts import Attempt, NextBatch, Setting
+from benchmarks.models import Decoder, Linear
+from benchmarks.quality.attempts import Attempt, NextBatch, Setting, count_flops
+from dropbp_fx.distributed import parameter_groups
 
 
 class Freezing(Attempt):
-    """The lowest layers, as many as the rate says, and the embedding below them are not trained at all."""
+    """The lowest layers, as many as the rate says, and the embedding below them are not trained at all.
 
-    def __init__(self, model: Decoder, setting: Setting) -> None:
-        frozen = round(setting.rate * len(model.layers))
+    With LoRA there are no updates in them: an update that is not trained adds nothing, and leaving it out saves the time it
+    takes in the forward.
+
+    Args:
+        same_size: raise the rank in the other layers until as many parameters are trained as without freezing.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, same_size: bool = False) -> None:
+        count = len(model.layers)
+        frozen = round(setting.rate * count)
+        torch.manual_seed(0)  # of new updates
+        for number, layer in enumerate(model.layers):
+            for linear in _with_updates(layer):
+                if number < frozen:
+                    linear.begin_update(0)
+                elif same_size:
+                    linear.begin_update(round(linear.rank * count / (count - frozen)))
         model.layers[:frozen].requires_grad_(False)
         if frozen:
             for name, parameter in model.named_parameters(recurse=False):
                 if name in ("embedding", "positions"):
                     parameter.requires_grad_(False)
         super().__init__(model, setting)
+
+
+def _with_updates(layer: nn.Module) -> list[Linear]:
+    return [module for module in layer.modules() if isinstance(module, Linear) and module.rank]
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by ``scale``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.scale, None
+
+
+class NestedBatch(Attempt):
+    """Every layer is trained on windows of its own number, a part of those that the layer above it is trained on.
+
+    The lower half of the layers takes the share 1 - 2 rate of each batch's windows and the upper half all of them or, with
+    ``gradual``, the share rises evenly from there to the last layer, so that the mean is 1 - rate either way. All other
+    windows only run forward through a layer. Gradients of all layers are unbiased: what comes from above is scaled up
+    where windows are left out. They scatter more the fewer windows they are of, so a layer's learning rate is multiplied
+    by the square root of its share.
+    """
+
+    def __init__(self, model: Decoder, setting: Setting, *, gradual: bool = False) -> None:
+        count, lowest = len(model.layers), 1 - 2 * setting.rate
+        if gradual:
+            self.shares = [lowest + (1 - lowest) * number / (count - 1) for number in range(count)]
+        else:
+            self.shares = [lowest if number < count // 2 else 1.0 for number in range(count)]
+        self.model, self.setting = model, setting
+        self.run = torch.compile(self._forward, backend=setting.inner, dynamic=False)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        sizes = [max(round(share * len(ids)), 1) for share in self.shares]
+        trained = sizes[0]
+        x = self.model.embed(ids)
+        x, others = x[:trained], x[trained:].detach()
+        for layer, size in zip(self.model.layers, sizes, strict=True):
+            if size > trained:
+                x = torch.cat([ScaleGradient.apply(x, size / trained), others[: size - trained]])
+                others = others[size - trained :]
+                trained = size
+            x = layer(x, *self.model.context())
+            if trained < len(ids):
+                with torch.no_grad():
+                    others = layer(others, *self.model.context())
+        return self.model.loss(x, ids)
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups = parameter_groups(self.model, self.model.layers)
+        return [{**group, "scale": share**0.5} for group, share in zip(groups, [*self.shares, 1.0], strict=False)]
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group["scale"]
+
+    def flops_share(self, whole: int, ids: Tensor) -> float:
+        return count_flops(self.model, lambda: self._forward(ids)) / whole
 
 
 class Skipping(Attempt):
