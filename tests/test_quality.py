@@ -390,6 +390,29 @@ def test_a_failing_run_is_a_record_that_says_why(workshop: Workshop) -> None:
     assert "ZeroDivisionError" in record["error"]
 
 
+def test_a_run_that_diverges_ends_early_and_its_learning_rate_is_not_taken(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.quality import training
+
+    monkeypatch.setattr(training, "_DIVERGED", 0.05)
+    made, make = [], training.prepared
+
+    def counted(*arguments: Any) -> Any:
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(training, "prepared", counted)
+    long = Workshop("tiny", "cpu", "aot_eager", workshop._folder, steps=40)
+    bad, good, *_ = run(long, TASK, Plan("none", 0.0, 1.0, (5.0, 1e-3), 1))
+    assert re.fullmatch(
+        r"DivergedError: The loss was 5\.\d+ at first and .* over the last of \d+ steps\.", bad["error"]
+    )
+    assert "eval_loss" not in bad
+    assert good["eval_loss"] < 5.5
+    assert len(made) == 1  # nothing was compiled anew
+
+
 def test_statistics_of_patterns_that_are_known(workshop: Workshop) -> None:
     """The top layers' gradients above the lowest layers are exact, those below are gone: a bias of one and no variance."""
     (size,) = [workshop.size.shape.layers]
@@ -513,6 +536,8 @@ def test_tables_go_by_time_or_by_flops_for_each_size() -> None:
                           steps=5),
                 record_of("checkpointing", 1.0, 0, 9.0, rate=0.0, step_ms=12.5, activation_gib=1.0, steps=1, share=0.1),
                 record_of("window", 1.0, 0, 2.5, activation_gib=2.5),
+                record_of("suffix", 1.0, 0, 2.9, step_ms=5.5, flops_share=0.5, activation_gib=2.5),
+                record_of("lowest", 1.0, 0, 2.8, step_ms=4.0, flops_share=0.4, activation_gib=4.0),
             )
         ]  # fmt: skip
 
@@ -523,6 +548,11 @@ def test_tables_go_by_time_or_by_flops_for_each_size() -> None:
     assert float(window["same time, none"]) == pytest.approx(2.6)
     # Half of the layers recomputed: 1.125 times as long a step.
     assert float(window["same time and memory, none"]) == pytest.approx(3 - (0.7 / 1.125 - 0.5) / 0.5, abs=1e-3)
+    rival = slice(cells(timed)[0].index("same time, none"), cells(timed)[0].index("time of none to this loss"))
+    bounds = {row[0]: row[rival] for row in cells(timed)}
+    assert bounds["suffix"] == ["2.900", "0.000", "> 3.000", "< -0.100"]  # half of the layers recomputed take too long
+    assert bounds["lowest"] == ["> 3.000", "< -0.200"] * 2
+    assert bounds["none"] == ["2.000", "0.000"] * 2
     assert "step, ms" not in by_flops
     assert next(row for row in cells(by_flops) if row[0] == "window")[cells(by_flops)[0].index("time")] == "0.600"
 

@@ -59,6 +59,12 @@ class Frontier:
             return None
         return float(self._curve(min(max(time, self._times[0]), self._times[-1])))
 
+    def least_loss(self, time: float) -> float | None:
+        """What the loss reached in a time shorter than all measured ones is above: that of the shortest one."""
+        if self._curve is None or time >= 0.98 * self._times[0]:
+            return None
+        return float(self._losses[0])
+
     def time(self, loss: float) -> float | None:
         """The shortest time in which a loss is reached, ``None`` where it is not reached or lies beyond."""
         if self._curve is None or not min(self._losses) <= loss <= self._losses[0]:

@@ -40,7 +40,7 @@ def _losses(found: Sequence[Result]) -> str:
     known = [number for number in range(len(_HEADERS)) if any(row[number] is not None for row in rows)]
     table = [[row[number] for number in known] for row in rows]
     headers = [_HEADERS[number] for number in known]
-    as_they_are = [headers.index(name) for name in ("lr", "step, ms") if name in headers]
+    as_they_are = [index for index, number in enumerate(known) if any(isinstance(row[number], str) for row in rows)]
     text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=as_they_are)
     steps = [
         f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
@@ -64,9 +64,7 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
 
 def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list[object]:
     name = result.contestant if result.share == 1.0 else f"{result.contestant}, {result.share:.0%} of the steps"
-    same = frontier.loss(result.time)
     slower = recomputing and slower_at(result.memory, recomputing)
-    rival = frontier.loss(result.time / slower) if slower else None
     return [
         name,
         result.rate,
@@ -76,13 +74,21 @@ def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list
         None if result.step_ms is None else f"{result.step_ms:.1f}",
         None if result.step_ms is None else result.flops,
         result.time,
-        same,
-        None if same is None else result.loss - same,
-        rival,
-        None if rival is None else result.loss - rival,
+        *_against(result.loss, frontier, result.time),
+        *(_against(result.loss, frontier, result.time / slower) if slower else (None, None)),
         frontier.time(result.loss),
         result.memory,
     ]
+
+
+def _against(loss: float, frontier: Frontier, time: float) -> tuple[str | None, str | None]:
+    """What "none" reaches in a time, and a loss minus that; bounds where all runs of "none" took longer."""
+    reached, least = frontier.loss(time), frontier.least_loss(time)
+    if reached is not None:
+        return f"{reached:.3f}", f"{loss - reached:z.3f}"
+    if least is not None:
+        return f"> {least:.3f}", f"< {loss - least:.3f}"
+    return None, None
 
 
 def slower_at(memory: float | None, recomputing: Result) -> float | None:

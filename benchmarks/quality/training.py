@@ -22,8 +22,14 @@ from benchmarks.quality.tasks import SHIFTS, Task, Workshop, cosine, make_optimi
 _UNTIMED = 0.02
 #: How often a grid of learning rates is extended where its best value is at an end.
 _EXTENSIONS = 2
+#: A run whose loss is so many nats above where it began, over a tenth of its steps, does not come back.
+_DIVERGED = 0.5
 #: Batches that calibrations and the like look at come from another order of the same data.
 _ASIDE = 7919
+
+
+class DivergedError(Exception):
+    """Training at this learning rate led away."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,8 @@ class _Runner:
                 **record,
                 **_train(self._workshop, task, self._attempt, self._model, self._steps, learning_rate, seed),
             }
+        except DivergedError as error:  # the weights are set anew for the next run
+            return {**record, "error": error_text(error)}
         except Exception as error:
             self._attempt = None
             return {**record, "error": error_text(error)}
@@ -126,7 +134,10 @@ def _train(
     torch.manual_seed(seed)
     optimizer = make_optimizer(attempt.groups(), device)
     untimed, losses, held, started = max(round(_UNTIMED * steps), 2), [], 0, 0.0
+    tenth = max(steps // 10, 1)
     for step in range(steps):
+        if step and step % tenth == 0:
+            _check(losses, tenth)
         if step == untimed:
             held, started = reset_peak(device), time.perf_counter()
         set_learning_rate(optimizer, learning_rate * cosine(step, steps))
@@ -137,7 +148,6 @@ def _train(
         update(optimizer, lambda: attempt.before_update(optimizer))
     synchronize(device)
     seconds = (time.perf_counter() - started) / max(steps - untimed, 1) * steps
-    tenth = max(steps // 10, 1)
     return {
         "eval_loss": workshop.held_out_loss(model, corpus),
         "train_losses": [float(torch.stack(losses[at : at + tenth]).mean()) for at in range(0, steps, tenth)],
@@ -147,6 +157,17 @@ def _train(
         "activation_gib": round((peak(device) - held) / 2**30, 4),
         **_cost(workshop, task, attempt),
     }
+
+
+def _check(losses: Sequence[Tensor], tenth: int) -> None:
+    """Do not spend more time on a run that has diverged.
+
+    Raises:
+        DivergedError: the mean of the last ``tenth`` losses is far above the first loss, or no number.
+    """
+    first, last = losses[0].item(), torch.stack(list(losses[-tenth:])).mean().item()
+    if not last <= first + _DIVERGED:
+        raise DivergedError(f"The loss was {first:.3f} at first and {last:.3f} over the last of {len(losses)} steps.")
 
 
 def _cost(workshop: Workshop, task: Task, attempt: Attempt) -> Record:

@@ -41,16 +41,16 @@ def presets() -> dict[str, Preset]:
     """All policies by name."""
     return {
         "dropbp": Preset(
-            about="Random branches at a constant rate (Woo et al., NeurIPS 2024, without sensitivities): the least memory "
-            "and time a step, from the first step on. At equal time, no dropping with fewer steps learns more; take it "
-            "where memory is what is scarce.",
+            about="Random branches at a constant rate (Woo et al., NeurIPS 2024, without sensitivities), which saves memory "
+            "and time from the first step on. At equal time, no dropping with fewer steps learns more, and 'freezing' "
+            "learns more in the same time and memory (docs/quality.md); take it to reproduce or compare with the paper.",
             rate=0.5,
         ),
         "freezing": Preset(
             about="The lowest layers and the embedding below them are not trained, as with requires_grad_(False), and the "
             "gradients of all others are exact. Half of the layers save a third of a step's time and half of its activation "
-            "memory. Where all parameters are trained that learns more than no dropping in the same time, with LoRA of rank "
-            "8 less (docs/quality.md). It need not be told of the run's progress.",
+            "memory. Where all parameters are trained that learns more than no dropping in the same time; with LoRA of "
+            "rank 64 and more nearly as much, of rank 8 less (docs/quality.md). It need not be told of the run's progress.",
             rate=0.5,
             pattern="lowest",
             drop="below",
