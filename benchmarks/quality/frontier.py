@@ -12,6 +12,9 @@ from scipy.optimize import brentq
 
 from benchmarks.measure import Record
 
+#: Times that differ by less, as a share, count as the same.
+_SAME_TIME = 0.02
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -51,17 +54,18 @@ class Frontier:
     def __init__(self, results: Iterable[Result]) -> None:
         points = sorted({result.time: result.loss for result in results}.items())
         self._times, self._losses = (np.array(column) for column in zip(*points, strict=True)) if points else ((), ())
+        self._first = (1 - _SAME_TIME) * points[0][0] if points else 0.0  # the shortest time that a loss is given for
         self._curve = PchipInterpolator(self._times, self._losses) if len(points) > 1 else None
 
     def loss(self, time: float) -> float | None:
         """The loss reached in a time, ``None`` where that lies outside of the measured ones (by more than 2 %)."""
-        if self._curve is None or not 0.98 * self._times[0] <= time <= 1.02 * self._times[-1]:
+        if self._curve is None or not self._first <= time <= (1 + _SAME_TIME) * self._times[-1]:
             return None
         return float(self._curve(min(max(time, self._times[0]), self._times[-1])))
 
     def least_loss(self, time: float) -> float | None:
         """What the loss reached in a time shorter than all measured ones is above: that of the shortest one."""
-        if self._curve is None or time >= 0.98 * self._times[0]:
+        if self._curve is None or time >= self._first:
             return None
         return float(self._losses[0])
 

@@ -14,6 +14,7 @@ from benchmarks.contestants import compiled_parts
 from benchmarks.models import Decoder, Linear
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting, count_flops
 from dropbp_fx.distributed import parameter_groups
+from dropbp_fx.graph.gate import scale_gradient
 
 
 class Freezing(Attempt):
@@ -48,19 +49,6 @@ def _with_updates(layer: nn.Module) -> list[Linear]:
     return [module for module in layer.modules() if isinstance(module, Linear) and module.rank]
 
 
-class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by ``scale``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad * ctx.scale, None
-
-
 class NestedBatch(Attempt):
     """Every layer is trained on windows of its own number, a part of those that the layer above it is trained on.
 
@@ -87,7 +75,8 @@ class NestedBatch(Attempt):
         x, others = x[:trained], x[trained:].detach()
         for layer, size in zip(self.model.layers, sizes, strict=True):
             if size > trained:
-                x = torch.cat([ScaleGradient.apply(x, size / trained), others[: size - trained]])
+                scale = torch.full((), size / trained, device=x.device)
+                x = torch.cat([scale_gradient(x, scale), others[: size - trained]])
                 others = others[size - trained :]
                 trained = size
             x = layer(x, *self.model.context())
