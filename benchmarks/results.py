@@ -121,6 +121,15 @@ def load(path: Path) -> list[Run]:
     return runs
 
 
+def load_records(paths: Iterable[Path]) -> list[Record]:
+    """The records of all runs of some files, each with its run's "machine": measured times compare within one only.
+
+    Raises:
+        ValueError: see :func:`load`.
+    """
+    return [{**record, "machine": run.machine} for path in paths for run in load(path) for record in run.records]
+
+
 def _check_same_conditions(earlier: Run, now: Run) -> None:
     for name in ("machine", "versions", "commit"):
         before, after = getattr(earlier, name), getattr(now, name)

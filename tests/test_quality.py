@@ -29,7 +29,7 @@ from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometim
 from benchmarks.quality.rivals import KeepRows, Skipping
 from benchmarks.quality.tasks import Task, Workshop, cosine, make_optimizer, set_learning_rate
 from benchmarks.quality.training import Plan, run
-from benchmarks.results import load
+from benchmarks.results import ResultsFile, Run, load, load_records
 from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
 from dropbp_fx.policy.sampling import Unit
 from tests.oracle import detached
@@ -496,6 +496,58 @@ def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> N
     assert results([{**record, "activation_gib": 0.0} for record in records if "error" not in record])[1].time == 0.6
 
 
+def test_times_compare_within_one_machine() -> None:
+    here, there, elsewhere = ({"machine": name} for name in ("here", "there", "elsewhere"))
+    none, window, suffix = results(
+        [
+            record_of("none", 1.0, 0, 2.0, rate=0.0, step_ms=10.0, **here),
+            record_of("none", 1.0, 0, 2.2, rate=0.0, step_ms=20.0, **there),
+            record_of("none", 1.0, 1, 3.0, rate=0.0, step_ms=20.0, **there),
+            record_of("window", 1.0, 0, 2.5, step_ms=7.0, **here),
+            record_of("window", 1.0, 1, 2.5, step_ms=14.0, **there),
+            record_of("suffix", 1.0, 0, 2.4, step_ms=1.0, **elsewhere),
+        ]
+    )
+    assert (none.time, window.time) == (1.0, pytest.approx(0.7))
+    assert none.losses == pytest.approx((2.1, 3.0))  # a seed that ran twice counts once
+    assert (suffix.loss, suffix.time, suffix.step_ms) == (2.4, None, None)
+
+
+def test_a_result_without_a_time_is_told_and_not_compared(tmp_path: Path) -> None:
+    def task(*records: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**record, "size": "mini", "task": "a task"} for record in records]
+
+    records = task(
+        record_of("none", 1.0, 0, 2.0, rate=0.0, step_ms=10.0, machine="here"),
+        record_of("none", 1.0, 0, 3.0, rate=0.0, step_ms=10.0, share=0.5, steps=5, machine="here"),
+        record_of("checkpointing", 1.0, 0, 9.0, rate=0.0, step_ms=12.5, share=0.1, steps=1, activation_gib=0.3,
+                  machine="here"),
+        record_of("window", 1.0, 0, 2.5, step_ms=0.1, machine="there"),
+        {"measurement": "quality before", "eval_loss": 4.0, "machine": "here"},
+        {"measurement": "quality before", "eval_loss": 4.1, "machine": "there"},
+    )  # fmt: skip
+    (table,) = report.tables(records).values()
+    row = next(dict(zip(cells(table)[0], row, strict=False)) for row in cells(table) if row[0] == "window")
+    assert (row["loss"], row["time"], row["step, ms"], row["gap"]) == ("2.500", "", "", "")
+    assert table.endswith(
+        "started from 2 models, each pretrained anew in the same way; held-out losses before: 4.000, 4.100."
+    )
+    (table,) = report.tables([record for record in records if record.get("eval_loss") != 4.1]).values()
+    assert "pretrained anew" not in table
+    pictures.draw(records, tmp_path / "q.svg")
+    assert ">window<" not in (tmp_path / "q.svg").read_text()
+
+
+def test_records_are_read_with_their_machine(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        run = Run(
+            "c", name, {}, "x", "now", [{**record_of("none", 1.0, 0, 2.0), "size": "mini", "shift": "s", "tuning": "t"}]
+        )
+        ResultsFile(tmp_path / f"{name}.json", run).write()
+    files = [tmp_path / f"{name}.json" for name in ("here", "there")]
+    assert [record["machine"] for record in load_records(files)] == ["here", "there"]
+
+
 def test_a_rank_of_its_own_is_in_the_tasks_name() -> None:
     assert Task("tiny", "mild", "lora").name == "tiny, mild, lora"
     task = Task("tiny", "mild", "lora", 64, lora_rank=32)
@@ -653,7 +705,7 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
 def test_the_pages_tables_are_those_of_the_files() -> None:
     """After new results: the command on the page that fills it."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
-    records = [record for file in files for run in load(file) for record in run.records]
+    records = load_records(files)
     page = (ROOT / "docs" / "quality.md").read_text()
     tables = report.tables(records, by_flops=["12x256", "12x256-long"])
     assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)

@@ -18,7 +18,7 @@ from benchmarks.quality import endurance, pictures, report, statistics
 from benchmarks.quality.methods import EXACT, methods
 from benchmarks.quality.tasks import LORA_RANK, SHIFTS, SIZES, TUNINGS, Task, Workshop
 from benchmarks.quality.training import Plan, before_tuning, run
-from benchmarks.results import ResultsFile, Run, load
+from benchmarks.results import ResultsFile, Run, load_records
 
 #: Learning rates that every contestant is tuned over, by tuning.
 _RATES = {"full": (1.5e-4, 3e-4, 6e-4), "lora": (1e-3, 2e-3, 4e-3)}
@@ -74,7 +74,7 @@ def main(chosen: argparse.Namespace) -> None:
         return
     by_flops = () if chosen.by_flops is None else chosen.by_flops or tuple(SIZES)
     if chosen.report:
-        records = [record for path in chosen.report for one in load(path) for record in one.records]
+        records = load_records(chosen.report)
         if chosen.page is None:
             report.show(records, by_flops=by_flops)
         else:

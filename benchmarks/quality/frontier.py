@@ -21,8 +21,9 @@ class Result:
     """A contestant's runs at its best learning rate.
 
     Attributes:
-        losses: held-out losses, one a seed.
-        time: of a run, as a share of that of "none" with all steps: measured, or by FLOPs.
+        losses: held-out losses, one a seed: the mean of its runs, should there be several.
+        time: of a run, as a share of that of "none" with all steps: measured, or by FLOPs. ``None`` where it was measured on
+            a machine on which "none" was not.
         memory: peak of a step above what was held before it, as a share of that of "none"; ``None`` on a CPU.
         step_ms: a step's time, ``None`` where FLOPs stand for it.
         flops: of a run, as a share of those of "none".
@@ -33,7 +34,7 @@ class Result:
     share: float
     lr: float
     losses: tuple[float, ...]
-    time: float
+    time: float | None
     memory: float | None
     step_ms: float | None
     flops: float
@@ -52,7 +53,7 @@ class Frontier:
     """Held-out loss of training without dropping as a function of time: runs with schedules of their own at each length."""
 
     def __init__(self, results: Iterable[Result]) -> None:
-        points = sorted({result.time: result.loss for result in results}.items())
+        points = sorted({result.time: result.loss for result in results if result.time is not None}.items())
         self._times, self._losses = (np.array(column) for column in zip(*points, strict=True)) if points else ((), ())
         self._first = (1 - _SAME_TIME) * points[0][0] if points else 0.0  # the shortest time that a loss is given for
         self._curve = PchipInterpolator(self._times, self._losses) if len(points) > 1 else None
@@ -100,14 +101,17 @@ def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result
     """Of one task: for each contestant the runs at the learning rate that was best with the first seed.
 
     Args:
-        records: of any kind; those of trainings count.
+        records: of any kind; those of trainings count. Measured times compare within one "machine" only.
         by_flops: let FLOPs stand for time. On a CPU, whose small models are limited by the host, they always do.
     """
     good = [record for record in records if record["measurement"] == "quality" and "error" not in record]
     baseline = [r for r in good if r["contestant"] == "none" and r["share"] == 1.0]
     if not baseline:
         return []
-    step_ms = statistics.median(record["step_ms"] for record in baseline)
+    step_ms = {
+        machine: statistics.median(record["step_ms"] for record in baseline if record.get("machine") == machine)
+        for machine in {record.get("machine") for record in baseline}
+    }
     steps = baseline[0]["steps"]
     memory = statistics.median(record["activation_gib"] for record in baseline)
     timed = memory > 0 and not by_flops
@@ -119,17 +123,21 @@ def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result
             continue
         first = min(tuning, key=lambda r: r["eval_loss"])
         best = [r for r in mine if r["lr"] == first["lr"]]
-        mine_ms = statistics.median(r["step_ms"] for r in best)
+        comparable = [r for r in best if r.get("machine") in step_ms] if timed else []
+        shares = [r["step_ms"] / step_ms[r.get("machine")] for r in comparable]
         length = first["steps"] / steps
         flops = statistics.median(r["flops_share"] for r in best) * length
         found.append(
             Result(
                 *key,
                 lr=first["lr"],
-                losses=tuple(r["eval_loss"] for r in sorted(best, key=lambda r: r["seed"])),
-                time=mine_ms / step_ms * length if timed else flops,
+                losses=tuple(
+                    statistics.fmean(r["eval_loss"] for r in best if r["seed"] == seed)
+                    for seed in sorted({r["seed"] for r in best})
+                ),
+                time=(statistics.median(shares) * length if shares else None) if timed else flops,
                 memory=statistics.median(r["activation_gib"] for r in best) / memory if memory else None,
-                step_ms=mine_ms if timed else None,
+                step_ms=statistics.median(r["step_ms"] for r in comparable) if comparable else None,
                 flops=flops,
             )
         )

@@ -24,7 +24,7 @@ def draw(records: Sequence[Record], path: Path, *, by_flops: Container[str] = ()
         ValueError: the records hold no task with runs of "none".
     """
     tasks = [
-        (task, [result for result in found if result.contestant not in EXACT])
+        (task, [result for result in found if result.contestant not in EXACT and result.time is not None])
         for task, found in results_by_task(records, by_flops=by_flops)
     ]
     if not tasks:
@@ -33,7 +33,7 @@ def draw(records: Sequence[Record], path: Path, *, by_flops: Container[str] = ()
     with figure(path, len(tasks)) as axes:
         for axis, (task, found) in zip(axes, tasks, strict=True):
             for name in ("none", *styles):
-                mine = sorted((result for result in found if result.contestant == name), key=lambda r: r.time)
+                mine = sorted((result for result in found if result.contestant == name), key=lambda r: r.time or 0.0)
                 if mine:
                     colour, marker = styles.get(name, (INK, "o"))
                     _line(axis, name, mine, colour, marker)

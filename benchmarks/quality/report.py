@@ -23,7 +23,10 @@ def tables(records: Sequence[Record], *, by_flops: Container[str] = ()) -> dict[
         by_flops: sizes in whose tables FLOPs stand for time.
     """
     return {
-        **{task: _losses(found) for task, found in results_by_task(records, by_flops=by_flops)},
+        **{
+            task: "\n\n".join([_losses(found), *_starts(records, task)])
+            for task, found in results_by_task(records, by_flops=by_flops)
+        },
         **_statistics(records),
         **_long_runs(records),
     }
@@ -46,9 +49,21 @@ def _losses(found: Sequence[Result]) -> str:
         f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
         f"and {result.memory:.3f} of the memory."
         for result in found
-        if result.contestant in EXACT and result.memory is not None
+        if result.contestant in EXACT and result.memory is not None and result.time is not None
     ]
     return "\n\n".join([text, *steps])
+
+
+def _starts(records: Sequence[Record], task: str) -> list[str]:
+    """That not all runs of a task started from the same weights, where that is so: each machine pretrains its own."""
+    mine = [record for record in records if record["task"] == task and record["measurement"] == "quality before"]
+    losses = sorted({record["eval_loss"] for record in mine})
+    if len(losses) < 2:
+        return []
+    return [
+        f"These runs started from {len(losses)} models, each pretrained anew in the same way; held-out losses before: "
+        f"{', '.join(f'{loss:.3f}' for loss in losses)}."
+    ]
 
 
 def _rows(found: Sequence[Result]) -> list[list[object]]:
@@ -58,7 +73,7 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
     layers are recomputed as bring its memory down to the contestant's, so that it can take fewer steps.
     """
     frontier = Frontier(result for result in found if result.contestant == "none")
-    recomputing = next((result for result in found if result.contestant == "checkpointing"), None)
+    recomputing = next((result for result in found if result.contestant == "checkpointing" and result.time), None)
     return [_row(result, frontier, recomputing) for result in found if result.contestant not in EXACT]
 
 
@@ -75,14 +90,16 @@ def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list
         None if result.step_ms is None else result.flops,
         result.time,
         *_against(result.loss, frontier, result.time),
-        *(_against(result.loss, frontier, result.time / slower) if slower else (None, None)),
+        *(_against(result.loss, frontier, result.time / slower) if slower and result.time else (None, None)),
         frontier.time(result.loss),
         result.memory,
     ]
 
 
-def _against(loss: float, frontier: Frontier, time: float) -> tuple[str | None, str | None]:
+def _against(loss: float, frontier: Frontier, time: float | None) -> tuple[str | None, str | None]:
     """What "none" reaches in a time, and a loss minus that; bounds where all runs of "none" took longer."""
+    if time is None:
+        return None, None
     reached, least = frontier.loss(time), frontier.least_loss(time)
     if reached is not None:
         return f"{reached:.3f}", f"{loss - reached:z.3f}"
@@ -97,7 +114,7 @@ def slower_at(memory: float | None, recomputing: Result) -> float | None:
     Between none and all of the layers, memory and time are taken to be linear in their number. ``None`` where recomputing
     all of them leaves more.
     """
-    if memory is None or recomputing.memory is None or memory < recomputing.memory:
+    if memory is None or recomputing.memory is None or recomputing.time is None or memory < recomputing.memory:
         return None
     layers = max(1.0 - memory, 0.0) / (1.0 - recomputing.memory)
     return 1.0 + layers * (recomputing.time / recomputing.share - 1.0)
