@@ -50,7 +50,8 @@ def presets() -> dict[str, Preset]:
             about="The lowest layers and the embedding below them are not trained, as with requires_grad_(False), and the "
             "gradients of all others are exact. Half of the layers save a third of a step's time and half of its activation "
             "memory. Where all parameters are trained that learns more than no dropping in the same time; with LoRA of "
-            "rank 64 and more nearly as much, of rank 8 less (docs/quality.md). It need not be told of the run's progress.",
+            "rank 64 about as much, of rank 8 less, of twice the rank more (docs/quality.md). It need not be told of the "
+            "run's progress.",
             rate=0.5,
             pattern="lowest",
             drop="below",
