@@ -73,7 +73,7 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
     layers are recomputed as bring its memory down to the contestant's, so that it can take fewer steps.
     """
     frontier = Frontier(result for result in found if result.contestant == "none")
-    recomputing = next((result for result in found if result.contestant == "checkpointing" and result.time), None)
+    recomputing = next((result for result in found if result.contestant == "checkpointing"), None)
     return [_row(result, frontier, recomputing) for result in found if result.contestant not in EXACT]
 
 
