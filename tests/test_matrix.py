@@ -182,9 +182,7 @@ def square(model: Any) -> Tensor:
 
 
 UNUSUAL: dict[str, tuple[Callable[[], nn.Module], dict[str, DetachPoint]]] = {
-    # From the second coupling on, what is added to one stream was computed from sums of the other: the adds lie inside
-    # each other's branches, and only those are taken that go around none.
-    "two streams": (TwoStreams, {"f.0.1": "f.0", "f.1+g.1": "g.1"}),
+    "two streams": (TwoStreams, {f"{name}.{i}.1": f"{name}.{i}" for i in range(2) for name in "fg"}),
     "scaled skip": (ScaledSkip, {f"work.{i}": f"take.{i}" for i in range(3)}),
     "stochastic depth": (StochasticDepth, {f"work.{i}": f"scale.{i}" for i in range(3)}),
 }

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from dropbp_fx._torch import checkpoint_operator
+from dropbp_fx.graph.streams import run_side_by_side, streams_of
 
 _ADDITION_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
 _ADDITION_METHODS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -58,7 +59,12 @@ _WORK_FUNCTIONS = frozenset(
 )
 _WORK_METHODS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "addbmm"})
 _WORK_MODULES = ("torch.fft", "torch._C._fft")
-_CUTS_GRADIENT = frozenset({"detach", "detach_", "data"})
+_CUTS_GRADIENT = frozenset(
+    {
+        *("detach", "detach_", "data", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+        *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +77,11 @@ class ResidualBranch:
         outputs: the node of ``h`` and the add that takes it; several where ``h`` is itself a sum whose terms are added
             to the stream one by one (LoRA's update beside the frozen layer's output).
         addition: the outermost add of the (possibly parallel) sum that ``h`` goes into.
-        body: nodes from after ``skip`` to ``output``: descendants of the one and ancestors of the other, and what is
-            computed on the way for the branch alone (a cross-attention's keys and values of the encoder's output).
-        escapes: pairs (node of the body, user outside of it) through which a value leaves for the graph's outputs alone,
-            such as a key/value cache.
+        body: nodes from after ``skip`` to ``output``: descendants of the one and ancestors of the other, branches of other
+            streams left out, and what is computed on the way for the branch alone (a cross-attention's keys and values of
+            the encoder's output).
+        escapes: pairs (node of the body, user outside of it) through which a value that the body's work reads is handed to
+            the graph's outputs as it is, such as a key/value cache.
         anchor: the node of the *top* graph that holds the branch: ``addition``, or the checkpoint that contains it.
     """
 
@@ -129,7 +136,7 @@ def find_branches(gm: fx.GraphModule) -> BranchSearch:
     """
     found: list[ResidualBranch] = []
     rejected: list[RejectedAdd] = []
-    _search(gm, gm.graph, None, found, rejected)
+    _search(gm, gm.graph, None, _returned(gm.graph), found, rejected)
     return BranchSearch(tuple(found), tuple(rejected))
 
 
@@ -268,11 +275,12 @@ def _search(
     gm: fx.GraphModule,
     graph: fx.Graph,
     anchor: fx.Node | None,
+    stored: Collection[fx.Node],
     found: list[ResidualBranch],
     rejected: list[RejectedAdd],
 ) -> None:
     bodies = dict(checkpoint_bodies(gm))
-    search = _GraphSearch(graph)
+    search = GraphSearch(graph, stored)
     own, refused = search.run()
     rejected.extend(refused)
     by_addition: dict[fx.Node, list[ResidualBranch]] = {}
@@ -280,23 +288,46 @@ def _search(
         by_addition.setdefault(branch.addition, []).append(branch)
     for node in graph.nodes:
         if node in bodies:
-            _search(bodies[node], bodies[node].graph, anchor or node, found, rejected)
+            inner = bodies[node].graph
+            returned = _returned(inner)
+            used = {value for at, value in enumerate(returned) if not search.stores_item(node, at)}
+            _search(bodies[node], inner, anchor or node, set(returned) - used, found, rejected)
         mine = by_addition.get(node, ())
         found.extend(mine if anchor is None else (dataclasses.replace(branch, anchor=anchor) for branch in mine))
 
 
+def _returned(graph: fx.Graph) -> list[Any]:
+    """What a graph returns, in order; constants among it are ``None``."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
+    return [value if isinstance(value, fx.Node) else None for value in values]
+
+
 @dataclasses.dataclass
-class _Candidate:
+class Candidate:
+    """What may be a residual branch; attributes as in :class:`ResidualBranch`.
+
+    Attributes:
+        body: positions of what is computed from ``skip`` and leads to an output, as bits.
+        own: those of them that are no part of a branch of another stream, and what is computed for this one alone.
+    """
+
     skip: fx.Node
     outputs: tuple[tuple[fx.Node, fx.Node], ...]
     addition: fx.Node
-    body: int  # bit set of node positions, skip excluded
+    body: int
+    own: int = 0
 
 
-class _GraphSearch:
-    """The search in one graph. Sets of nodes are integers used as bit sets: graphs of big models have 10^4 nodes."""
+class GraphSearch:
+    """The search in one graph. Sets of nodes are integers used as bit sets: graphs of big models have 10^4 nodes.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: a graph as Dynamo made it, or the body of an activation checkpoint.
+        stored: those of the graph's outputs that whoever runs it only stores.
+    """
+
+    def __init__(self, graph: fx.Graph, stored: Collection[fx.Node]) -> None:
         self.graph = graph
         self.nodes = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
@@ -331,16 +362,17 @@ class _GraphSearch:
                 if self.differentiable[parent]:
                     self.descendants[parent] |= self.descendants[index]
 
+        self.given = {self.storage[index] for index, node in enumerate(self.nodes) if node.op == "placeholder"} - {None}
         self.live = self._reaching_outputs()
+        self.stored = stored
 
     def _reaching_outputs(self) -> list[bool]:
         """Which nodes a graph output, or what is left in a graph input's memory, depends on."""
-        given = {self.storage[index] for index, node in enumerate(self.nodes) if node.op == "placeholder"} - {None}
         live = [False] * len(self.nodes)
         for index in range(len(self.nodes) - 1, -1, -1):
             node = self.nodes[index]
             live[index] |= node.op == "output"
-            live[index] |= any(self.storage[self.position[target]] in given for target in mutated_by(node))
+            live[index] |= any(self.storage[self.position[target]] in self.given for target in mutated_by(node))
             if live[index]:
                 for source in self.reads[index]:
                     live[source] = True
@@ -355,7 +387,7 @@ class _GraphSearch:
                 yield self.last_write[memory]
 
     def run(self) -> tuple[list[ResidualBranch], list[RejectedAdd]]:
-        candidates: list[_Candidate] = []
+        candidates: list[Candidate] = []
         rejected: list[RejectedAdd] = []
         absorbed: set[fx.Node] = set()
         for node in reversed(self.nodes):
@@ -368,15 +400,14 @@ class _GraphSearch:
             candidates.extend(mine)
         accepted = self._innermost_stream_adds(candidates, rejected)
         accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.outputs[0][0]]))
-        for candidate in accepted:
-            candidate.body |= self._private(candidate)
+        accepted = self._with_own_work(accepted, rejected)
         branches = [
             ResidualBranch(
                 graph=self.graph,
                 skip=c.skip,
                 outputs=c.outputs,
                 addition=c.addition,
-                body=tuple(self._members(c.body)),
+                body=tuple(self._members(c.own)),
                 escapes=tuple(self._escapes(c)),
                 anchor=c.addition,
             )
@@ -386,7 +417,7 @@ class _GraphSearch:
 
     def _is_residual_shaped(self, node: fx.Node) -> bool:
         operands = _summands(node)
-        if operands is None or not self.parents[self.position[node]]:
+        if operands is None or not self.parents[self.position[node]] or not self.live[self.position[node]]:
             return False
         values = [example_value(operand) for operand in operands] + [example_value(node)]
         return all(
@@ -406,7 +437,7 @@ class _GraphSearch:
             else:
                 yield operand, node
 
-    def _branches_of(self, addition: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> Iterator[_Candidate]:
+    def _branches_of(self, addition: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> Iterator[Candidate]:
         """For every term that others are computed from: those others, in groups that belong together."""
         seen: set[fx.Node] = set()
         for term, _ in terms:
@@ -426,7 +457,7 @@ class _GraphSearch:
                         body |= self.descendants[at] & self.ancestors[self.position[output]]
                     body &= ~(1 << at)
                     if any(does_work(node) for node in self._members(body)):
-                        yield _Candidate(skip, self._collapsed(addition, group), addition, body)
+                        yield Candidate(skip, self._collapsed(addition, group), addition, body)
                 break
 
     def _together(self, skip: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> list[list[tuple[fx.Node, fx.Node]]]:
@@ -475,9 +506,16 @@ class _GraphSearch:
                 return node
             (node,) = parents
 
-    def _innermost_stream_adds(self, candidates: Iterable[_Candidate], rejected: list[RejectedAdd]) -> list[_Candidate]:
+    def _innermost_stream_adds(self, candidates: Sequence[Candidate], rejected: list[RejectedAdd]) -> list[Candidate]:
         ordered = sorted(candidates, key=lambda c: c.body.bit_count())
-        inside = {id(outer): [c for c in ordered if self._is_inside(c, outer)] for outer in ordered}
+        streams = streams_of(self, ordered)
+
+        def is_inside(inner: Candidate, outer: Candidate) -> bool:
+            if not self._is_inside(inner, outer):
+                return False
+            return inner.addition is outer.addition or not run_side_by_side(self, inner, outer, streams)
+
+        inside = {id(outer): [c for c in ordered if is_inside(c, outer)] for outer in ordered}
         if any(inside.values()):  # only nested adds need telling apart
             carriers = {id(c) for c in ordered if self._carries_the_stream(c)}
             ordered.sort(key=lambda c: id(c) not in carriers)
@@ -486,24 +524,24 @@ class _GraphSearch:
                 if len(alone) == 1 and alone[0] in ordered:  # an adapter's own residual inside of a branch
                     ordered.remove(alone[0])
                     rejected.append(RejectedAdd(alone[0].addition, "it lies inside a residual branch"))
-        accepted: list[_Candidate] = []
+        accepted: list[Candidate] = []
         for candidate in ordered:
-            if any(self._is_inside(other, candidate) for other in accepted):
+            if any(other in inside[id(candidate)] for other in accepted):
                 rejected.append(RejectedAdd(candidate.addition, "it goes around other residual adds"))
-            elif any(self._is_inside(candidate, other) for other in accepted):
+            elif any(candidate in inside[id(other)] for other in accepted):
                 rejected.append(RejectedAdd(candidate.addition, "it lies inside a residual branch"))
             else:
                 accepted.append(candidate)
         return accepted
 
-    def _is_inside(self, inner: _Candidate, outer: _Candidate) -> bool:
+    def _is_inside(self, inner: Candidate, outer: Candidate) -> bool:
         if inner is outer:
             return False
         if inner.addition is outer.addition:
             return inner.body != outer.body and inner.body & ~outer.body == 0
         return bool(outer.body >> self.position[inner.addition] & 1)
 
-    def _carries_the_stream(self, candidate: _Candidate) -> bool:
+    def _carries_the_stream(self, candidate: Candidate) -> bool:
         """Whether nothing computed from the skip past the add meets anything computed from the sum again."""
         at, add = self.position[candidate.skip], self.position[candidate.addition]
         after = self.descendants[add]
@@ -521,14 +559,42 @@ class _GraphSearch:
                 reached |= 1 << index
         return reached
 
-    def _private(self, candidate: _Candidate) -> int:
+    def _with_own_work(self, accepted: Sequence[Candidate], rejected: list[RejectedAdd]) -> list[Candidate]:
+        """Settle what belongs to each branch; one whose work is all that of other streams' branches is none."""
+        adds = 0
+        for candidate in accepted:
+            adds |= 1 << self.position[candidate.addition]
+        kept: list[Candidate] = []
+        for candidate in accepted:
+            foreign = adds & ~(1 << self.position[candidate.addition])
+            candidate.own = self._own(candidate, foreign)
+            candidate.own |= self._private(candidate, foreign)
+            if any(does_work(node) for node in self._members(candidate.own)):
+                kept.append(candidate)
+            else:
+                rejected.append(RejectedAdd(candidate.addition, "all work before it is that of other branches"))
+        return kept
+
+    def _own(self, candidate: Candidate, foreign: int) -> int:
+        """What of the body leads to the branch's outputs without passing a sum in ``foreign``."""
+        inside = candidate.body & ~foreign
+        reached = 0
+        for output, _ in candidate.outputs:  # a sum of several terms is an output, and no part of the body
+            reached |= 1 << self.position[output] & ~foreign
+        for index in range(reached.bit_length() - 1, -1, -1):
+            if reached >> index & 1:
+                for parent in self.parents[index]:
+                    reached |= inside & 1 << parent
+        return reached & inside
+
+    def _private(self, candidate: Candidate, foreign: int) -> int:
         """What is computed after the skip for the branch alone: every use is inside it or leads to outputs only."""
         start = self.position[candidate.skip]
         above = 0
         for output, _ in candidate.outputs:
             above |= self.ancestors[self.position[output]]
-        above &= ~candidate.body & ~((2 << start) - 1)
-        members = candidate.body
+        above &= ~candidate.body & ~((2 << start) - 1) & ~foreign
+        members = candidate.own
         after = self.descendants[self.position[candidate.addition]]
         for index in sorted(self._indices(above), reverse=True):
             if self.nodes[index].op not in ("placeholder", "get_attr") and all(
@@ -542,23 +608,63 @@ class _GraphSearch:
         index = self.position[user]
         return user.op == "output" or bool(self.parents[index] and not self.descendants[index] & after)
 
-    def _escapes(self, candidate: _Candidate) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """Edges out of the body whose values reach graph outputs without meeting anything computed from the sum.
+    def _escapes(self, candidate: Candidate) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Edges out of the branch through which a value that a matrix product of it reads is stored: keys and values for
+        a cache, attention weights. Nothing is computed from the value outside of the branch.
 
         A value nobody reads in the end needs no gate, and a gate may not part a view from the memory it stands for.
         """
         after = self.descendants[self.position[candidate.addition]]
-        for node in self._members(candidate.body):
-            value = example_value(node)
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
+        read = self._read_by_work(candidate.own)
+        for node in self._members(candidate.own & read):
             for user in node.users:
                 index = self.position[user]
-                inside = candidate.body >> index & 1 or (node, user) in candidate.outputs
+                inside = candidate.own >> index & 1 or (node, user) in candidate.outputs
                 if inside or after >> index & 1 or not self.live[index] or self._is_written_through(node, user):
                     continue
-                if self._leads_out(user, after):
+                if self._is_stored(node, user):
                     yield node, user
+
+    def _read_by_work(self, own: int) -> int:
+        """Those of a branch's values that its work has made and that more of its work reads, as they are or after functions
+        of one value (a softmax, a view).
+        """
+        made = read = 0
+        for index in self._indices(own):
+            if does_work(self.nodes[index]) or any(made >> parent & 1 for parent in self.parents[index]):
+                made |= 1 << index
+        for index in sorted(self._indices(own), reverse=True):
+            node = self.nodes[index]
+            if does_work(node) or (read >> index & 1 and self._is_function_of_one_value(index)):
+                for parent in self.reads[index]:
+                    read |= 1 << parent
+        return made & read
+
+    def _is_function_of_one_value(self, index: int) -> bool:
+        return sum(self.differentiable[p] and not self.is_constant_like(p) for p in set(self.reads[index])) <= 1
+
+    def stores_item(self, call: fx.Node, at: int) -> bool:
+        """Whether item ``at`` of what a checkpoint returns is only stored."""
+        if any(user.target is not operator.getitem for user in call.users):
+            return False
+        items = [user for user in call.users if user.args[1] == at]
+        return all(self._is_stored(item, user) for item in items for user in item.users)
+
+    def _is_stored(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether ``user`` hands ``node`` to the graph's outputs, or to a graph input's memory, and does no more than that:
+        joins it to what was stored before, views it, scales it.
+        """
+        if user.op == "output":
+            return node in self.stored
+        index = self.position[user]
+        if any(self.storage[self.position[target]] in self.given for target in mutated_by(user)):
+            return True
+        moves = _scales_only(user) or _moves_only(user)
+        others = [p for p in self.reads[index] if self.differentiable[p] and p != self.position[node]]
+        given = all(self.nodes[p].op in ("placeholder", "get_attr") or not self.parents[p] for p in others)
+        return (
+            moves and given and bool(user.users) and all(self._is_stored(user, following) for following in user.users)
+        )
 
     def _is_written_through(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether ``user`` is the way, or a view on the way, of a write into ``node``'s memory: it needs that memory."""
@@ -569,6 +675,35 @@ class _GraphSearch:
 
     def _members(self, bits: int) -> Iterator[fx.Node]:
         return (self.nodes[index] for index in self._indices(bits))
+
+    def is_constant_like(self, index: int) -> bool:
+        """Whether the value at ``index`` is what a scale is made of."""
+        return _is_constant_like(self.nodes[index])
+
+    def depends_on_inputs(self, index: int) -> bool:
+        """Whether the value at ``index`` is made from a graph input, rather than of constants."""
+        return any(self.nodes[k].op in ("placeholder", "get_attr") for k in self._indices(self.ancestors[index]))
+
+    def leads_past(self, start: fx.Node, avoid: fx.Node) -> bool:
+        """Whether a graph output depends on ``start`` in another way than through ``avoid``."""
+        reached = self._reach_avoiding(self.position[start], self.position[avoid])
+        return any(
+            self.live[index] and any(user.op == "output" for user in self.nodes[index].users)
+            for index in self._indices(reached)
+        )
+
+    def is_shared_term(self, candidate: Candidate) -> bool:
+        """Whether the skip is added to the result of some work in yet another sum."""
+        for user in candidate.skip.users:
+            operands = _summands(user)
+            if user is candidate.addition or operands is None or not self._is_residual_shaped(user):
+                continue
+            for other in operands:
+                value = example_value(other)
+                made = self.ancestors[self.position[other]]
+                if other is not candidate.skip and value.requires_grad and any(map(does_work, self._members(made))):
+                    return True
+        return False
 
     @staticmethod
     def _indices(bits: int) -> Iterator[int]:
@@ -642,6 +777,17 @@ _SCALING_METHODS = frozenset(
         *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
     }
 )
+
+
+_MOVING_FUNCTIONS = frozenset({operator.getitem, torch.cat, torch.concat, torch.stack})
+_MOVING_METHODS = frozenset({"detach", "expand", "select", "narrow", "index_select", "chunk", "split", "movedim"})
+
+
+def _moves_only(node: fx.Node) -> bool:
+    """Whether a node joins its operands or takes a part of one; views are among what :func:`_scales_only` knows."""
+    if node.op == "call_function":
+        return node.target in _MOVING_FUNCTIONS
+    return node.op == "call_method" and node.target in _MOVING_METHODS
 
 
 def _scales_only(node: fx.Node) -> bool:

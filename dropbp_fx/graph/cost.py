@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from dropbp_fx.graph.branches import storage_of
-from dropbp_fx.graph.gate import GATE
+from dropbp_fx.graph.gate import GATE, drops
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
 
 #: Operators whose formula a release may lack, and one of the same leading arguments and cost.
@@ -141,11 +141,11 @@ def branch_forward_flops(joint: fx.GraphModule, label: int) -> int:
     Another branch's output counts as given: of two branches in a row each counts its own work.
     """
     gates = [node for node in joint.graph.nodes if node.target is GATE]
-    pending = [node for node in gates if node.args[1] == label]
+    pending = [node for node in gates if drops({label}, node.args[1])]
     seen = set(pending)
     while pending:
         for parent in pending.pop().all_input_nodes:
-            foreign = parent.target is GATE and parent.args[1] != label
+            foreign = parent.target is GATE and not drops({label}, parent.args[1])
             if parent not in seen and not foreign:
                 seen.add(parent)
                 pending.append(parent)

@@ -4,7 +4,9 @@
 the joint forward/backward graph that AOTAutograd traces. :mod:`dropbp_fx.graph.prune` looks for them by label: a dropped
 gate's gradient is zero, every other gate is removed. No gate is left when a variant runs.
 
-A label is the number of the branch within its region, so that equal layers have equal graphs.
+A label is the number of the branch within its region, so that equal layers have equal graphs. The gates of values that
+leave a branch for the graph's outputs are labelled by its complement, ``~number``: they are dropped with the branch
+(:func:`drops`), but what is lost there would not be lost by detaching the branch's output.
 
 ``y = scale_gradient(x, scale)`` stands beside a gate where the gradients of kept branches are rescaled: the scale is an
 input of the graph, so that rates may change without recompiling.
@@ -12,6 +14,7 @@ input of the graph, so that rates may change without recompiling.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -80,6 +83,11 @@ SCALE_GRADIENT = torch.ops.dropbp_fx.scale_gradient.default
 
 #: Operators whose value is their first argument; none is left in a compiled variant's forward.
 IDENTITIES = frozenset({GATE, SCALE_GRADIENT})
+
+
+def drops(dropped: Collection[int], label: int) -> bool:
+    """Whether a gate's gradient is dropped with the branches ``dropped`` (numbers within the region)."""
+    return (label if label >= 0 else ~label) in dropped
 
 
 def gate_label_of(grad_fn: Any) -> int | None:

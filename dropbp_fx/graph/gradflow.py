@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropbp_fx.graph.gate import gate_label_of
+from dropbp_fx.graph.gate import drops, gate_label_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,23 @@ class GradientFlow:
         self._identity = identity
         self.differentiable = frozenset(j for j, root in enumerate(roots) if root is not None)
         self.sources = functools.lru_cache(maxsize=None)(self._sources)
+        self.detached_sources = functools.lru_cache(maxsize=None)(self._detached_sources)
         self.passes_through = functools.lru_cache(maxsize=None)(self._passes_through)
 
     def _sources(self, output: int, dropped: frozenset[int]) -> frozenset[int]:
         """The inputs that receive a gradient from ``output`` when the gates labelled ``dropped`` are."""
         root = self._roots[output]
         return frozenset() if root is None else self._leaves_below(root, dropped)
+
+    @property
+    def hands_out(self) -> bool:
+        """Whether some value leaves a branch for the graph's outputs."""
+        return any(node.label is not None and node.label < 0 for node in self._nodes)
+
+    def _detached_sources(self, output: int, dropped: frozenset[int]) -> frozenset[int]:
+        """The same where the branches' outputs alone are detached, and not what leaves them for the graph's outputs."""
+        root = self._roots[output]
+        return frozenset() if root is None else self._leaves_below(root, dropped, outputs_only=True)
 
     def _passes_through(self, output: int, dropped: frozenset[int]) -> int | None:
         """The one input that receives ``output``'s gradient unchanged and alone, ``None`` if there is no such input."""
@@ -69,14 +80,14 @@ class GradientFlow:
             (current,) = kept
         return None
 
-    def _leaves_below(self, index: int, dropped: frozenset[int]) -> frozenset[int]:
+    def _leaves_below(self, index: int, dropped: frozenset[int], *, outputs_only: bool = False) -> frozenset[int]:
         """The inputs that a gradient at autograd node ``index`` reaches."""
         found: set[int] = set()
         seen = {index}
         pending = [index]
         while pending:
             node = self._nodes[pending.pop()]
-            if node.label is not None and node.label in dropped:
+            if node.label is not None and (node.label in dropped if outputs_only else drops(dropped, node.label)):
                 continue
             if node.leaf is not None:
                 found.add(node.leaf)

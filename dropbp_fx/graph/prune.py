@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropbp_fx.graph.gate import GATE_BACKWARD, IDENTITIES
+from dropbp_fx.graph.gate import GATE_BACKWARD, IDENTITIES, drops
 
 _ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, operator.add})
 _TANGENT_PREFIX = "tangents_"
 
 
 def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
-    """Drop the gradients of the gates labelled ``dropped`` and remove every gate, in place.
+    """Drop the gradients of the gates of the branches ``dropped`` and remove every gate, in place.
 
     Args:
         graph: a joint graph as AOTAutograd traces it: placeholders ``primals_*`` and ``tangents_*``; one output node
             whose argument is a (possibly nested) sequence of forward outputs and gradients.
-        dropped: labels (see :mod:`dropbp_fx.graph.gate`). A label the graph does not hold is ignored: a gate whose
-            value needs no gradient has no backward node.
+        dropped: numbers of branches (see :func:`dropbp_fx.graph.gate.drops`). One the graph does not hold is ignored: a
+            gate whose value needs no gradient has no backward node.
 
     Returns:
         The number of nodes removed, gates not counted.
@@ -47,7 +47,7 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
             graph.erase_node(node)
         elif node.target is GATE_BACKWARD:
             gradient = _argument(node, 0)
-            if _argument(node, 1) in dropped or gradient in zero:
+            if drops(dropped, _argument(node, 1)) or gradient in zero:
                 zero.add(node)
             else:
                 node.replace_all_uses_with(gradient)

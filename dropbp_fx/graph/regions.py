@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -39,7 +39,7 @@ class Region:
         gm: the region's graph; returns a tuple.
         inputs: for each placeholder the slot its value is read from.
         outputs: for each output the slot its value is written to.
-        branches: indices of its residual branches, in execution order; the i-th has the gates labelled i.
+        branches: indices of its residual branches, in execution order; the i-th has the gates labelled i and ~i.
         streams: which inputs are the stream that one of its branches reads.
         examples: for each placeholder the fake value (or symbol) Dynamo computed.
     """
@@ -112,13 +112,14 @@ def insert_gates(
     gates: list[frozenset[fx.Node]] = []
     for index, branch in enumerate(branches):
         if drop != "weights":
-            edges = [*branch.outputs, *branch.escapes]
-            mine = {node: None for output, user in edges for node in _gate_edge(branch, output, user, index)}
+            mine = {_gate_edge(output, user, index): None for output, user in branch.outputs}
         else:
             mine = dict.fromkeys(_gate_weights(branch, index))
         if rescale:
             scale = _scale_input(gm, branch, index)
             mine.update(dict.fromkeys([_scale_gate(gate, scale) for gate in mine]))
+        if drop != "weights":
+            mine.update({_gate_edge(value, user, ~index): None for value, user in branch.escapes})
         gates.append(frozenset(mine))
     return tuple(gates)
 
@@ -135,7 +136,7 @@ def split_into_regions(
         for local, index in enumerate(group):
             for node in gates[index]:
                 if node.target is GATE:
-                    node.args = (node.args[0], local)
+                    node.args = (node.args[0], local if cast("int", node.args[1]) >= 0 else ~local)
     names = {node: node.name for node in gm.graph.nodes}
     split = split_module(gm, gm, lambda node: region_of[node], keep_original_order=True)
     streams = [{branches[index].in_top_graph(branches[index].skip) for index in group} for group in members]
@@ -143,13 +144,13 @@ def split_into_regions(
     return _read_program(split, members, stream_names)
 
 
-def _gate_edge(branch: ResidualBranch, node: fx.Node, user: fx.Node, label: int) -> list[fx.Node]:
+def _gate_edge(node: fx.Node, user: fx.Node, label: int) -> fx.Node:
     graph = node.graph
     with graph.inserting_after(node):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
-    return [gated]
+    return gated
 
 
 def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:

@@ -20,6 +20,7 @@ from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
+from dropbp_fx.runtime.stored import StoredValues
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
 _PLANS_KEPT = 256
@@ -61,10 +62,11 @@ class _GradientLink(torch.autograd.Function):
 
 
 class _Plan(NamedTuple):
-    """A pattern's steps, and what runs them when nobody watches."""
+    """A pattern's steps, what runs them when nobody watches, and what the pattern returns without its gradient."""
 
     steps: tuple[Step, ...]
     parts: tuple[Chain | Step, ...]
+    stored: StoredValues | None
 
 
 class RegionRunner:
@@ -100,6 +102,7 @@ class RegionRunner:
         plan = self._plan(drawn.dropped, drawn.below)
         values = self._values(arguments, drawn.scales)
         del arguments
+        leaves = [] if plan.stored is None else plan.stored.leaves(values)
         if observation is None and not _torch.saved_tensor_hooks_are_set():
             for part in plan.parts:
                 if isinstance(part, Chain):
@@ -112,6 +115,8 @@ class RegionRunner:
                     _run_step(step, values)
                 else:
                     self._run_behind_border(step, policy, values, observation)
+        if plan.stored is not None:
+            plan.stored.refuse_gradients(values, leaves)
         return self._outputs(values)
 
     def _calibrate(self, calibration: Calibration, policy: Policy, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -174,7 +179,12 @@ class RegionRunner:
             plan = self._plans.get((dropped, below))
             if plan is None:
                 steps = self._planner.plan(dropped, below=below)
-                plan = _Plan(steps, chained(steps, self._held_back, self._program.returned))
+                stored = self._planner.stored(dropped, below=below)
+                plan = _Plan(
+                    steps,
+                    chained(steps, self._held_back, self._program.returned),
+                    StoredValues(stored) if stored else None,
+                )
                 if len(self._plans) >= _PLANS_KEPT:
                     self._plans.popitem(last=False)
                 self._plans[dropped, below] = plan

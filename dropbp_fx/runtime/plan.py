@@ -22,9 +22,14 @@ from typing import Any, NamedTuple
 import torch
 
 from dropbp_fx import _torch
+from dropbp_fx.graph.gradflow import GradientFlow
 from dropbp_fx.graph.regions import RegionProgram
+from dropbp_fx.runtime.stored import StoredValue
 from dropbp_fx.runtime.undefined import UndefinedGradients
 from dropbp_fx.runtime.variants import RegionVariants, VariantKey
+
+#: From a region's output and its dropped branches to those of its inputs that get a gradient.
+Sources = Callable[[int, frozenset[int]], frozenset[int]]
 
 
 class Step(NamedTuple):
@@ -106,6 +111,7 @@ class _Situations:
 
     def __init__(self, variants: RegionVariants, examples: Sequence[Any]) -> None:
         self._flow = variants.flow
+        self.hands_out = variants.flow.hands_out
         self._may_require = [isinstance(e, torch.Tensor) and e.is_floating_point() for e in examples]
         self._flows: dict[tuple[frozenset[int], tuple[bool, ...]], _Flow] = {}
         self._roles: dict[tuple[frozenset[int], tuple[bool, ...], tuple[bool, ...]], _Role] = {}
@@ -176,17 +182,54 @@ class Planner:
         """For each value that the graph returns, in order of slots, which graph inputs that require a gradient get one from
         it in the pattern that drops the branches numbered ``dropped``: a set as bits, by position among the inputs.
         """
-        required = self._required.copy()
+        reach = self._reach(self._labels(dropped), lambda flow: flow.sources)
+        return tuple(reach[slot] for slot in sorted(self._returned))
+
+    def stored(self, dropped: Collection[int], *, below: bool = False) -> tuple[StoredValue, ...]:
+        """The values that the graph returns and that get no gradient in this pattern (arguments as in :meth:`plan`), though
+        they would if the branches' outputs were detached and nothing else.
+        """
+        if not any(situations.hands_out for situations in self._situations):
+            return ()
+        labels = self._labels(dropped)
+        untrained = self._untrained(labels) if below else 0
+        before = self._reach(labels, lambda flow: flow.detached_sources, untrained)
+        after = self._reach(labels, lambda flow: flow.sources, untrained)
+        inputs = self._program.inputs
+        return tuple(
+            StoredValue(slot, tuple(inputs[k] for k in range(len(inputs)) if lost >> k & 1))
+            for slot in sorted(self._returned)
+            if (lost := before[slot] & ~after[slot])
+        )
+
+    def _labels(self, dropped: Collection[int]) -> list[frozenset[int]]:
+        """For each region the branches of its own that are dropped."""
+        return [
+            frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
+            for region in self._program.regions
+        ]
+
+    def _reach(
+        self, labels: Sequence[frozenset[int]], sources: Callable[[GradientFlow], Sources], untrained: int = 0
+    ) -> list[int]:
+        """For each slot which graph inputs that require a gradient get one from it: bits, by position among the inputs.
+
+        Args:
+            labels: for each region its dropped branches.
+            sources: what tells the inputs of a region that get a gradient from one of its outputs.
+            untrained: how many of the first regions hand on none.
+        """
         reach = [0] * self._program.slots
         for position, slot in enumerate(self._program.inputs):
-            reach[slot] = 1 << position if required[slot] else 0
-        for region, situations in zip(self._program.regions, self._situations, strict=True):
-            label = frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
-            flow = situations.flow(label, tuple([required[slot] for slot in region.inputs]), len(region.outputs))
-            for slot, sources in zip(region.outputs, flow.sources, strict=True):
-                required[slot] = bool(sources)
-                reach[slot] = functools.reduce(operator.or_, [reach[region.inputs[k]] for k in sources], 0)
-        return tuple(reach[slot] for slot in sorted(self._returned))
+            reach[slot] = 1 << position if self._required[slot] else 0
+        for number, (region, variant, label) in enumerate(
+            zip(self._program.regions, self._variants, labels, strict=True)
+        ):
+            found = sources(variant.flow)
+            for output, slot in enumerate(region.outputs):
+                inputs = found(output, label) if number >= untrained else ()
+                reach[slot] = functools.reduce(operator.or_, [reach[region.inputs[k]] for k in inputs], 0)
+        return reach
 
     def plan(self, dropped: Collection[int], *, below: bool = False, repeatable: bool = False) -> tuple[Step, ...]:
         """Plan the pattern that drops the branches numbered ``dropped``, compiling variants that are missing.
@@ -231,9 +274,7 @@ class Planner:
     def _roles(self, dropped: Collection[int], below: bool) -> tuple[list[frozenset[int]], list[_Role], list[bool]]:
         """For each region its dropped labels and its role; for each slot whether it receives a gradient."""
         regions = self._program.regions
-        labels = [
-            frozenset(local for local, branch in enumerate(region.branches) if branch in dropped) for region in regions
-        ]
+        labels = self._labels(dropped)
         required = self._required.copy()
         untrained = self._untrained(labels) if below else 0
         needs: list[tuple[bool, ...]] = []
