@@ -7,8 +7,13 @@ addend is detached. Every add has a module of its own, ``work.<number>``, by whi
 
 from __future__ import annotations
 
+import argparse
+import math
+import multiprocessing
 import random
 import re
+import time
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -16,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dropbp_fx import dropbp_backend
+from tests.oracle import Result, assert_equal
+
 D = 4
+REFUSED = "The loss depends on a value that a dropped branch hands to the compiled model's outputs"
 Step = tuple[Any, ...]
 #: A joint step's second add has the step's number and this.
 SECOND = 1000
@@ -208,3 +217,94 @@ def gradients(program: Program, cut: Collection[int], x: Tensor) -> tuple[Tensor
         else [None] * len(named)
     )
     return loss.detach(), dict(zip(named, found, strict=True))
+
+
+def check_program(seed: int) -> tuple[int, int]:
+    """Compare a random program with its oracle: nothing dropped, each branch alone, some at random.
+
+    Returns:
+        How many patterns were compared, and how many were refused because the loss reads stored keys.
+    """
+    torch._dynamo.reset()
+    program = random_program(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(2, 3, D, generator=generator, device="cpu").to(torch.get_default_device())
+    backend = dropbp_backend(inner="aot_eager", seed=0)
+    run = torch.compile(program, backend=backend)
+    names = dict(program.named_parameters())
+
+    def trained(pattern: list[int]) -> Result:
+        program.zero_grad(set_to_none=True)
+        with backend.pinned(pattern):
+            loss = program.loss_of(run, x)
+            if loss.requires_grad:
+                loss.backward()
+        return Result(loss.detach(), {name: p.grad for name, p in names.items()})
+
+    assert_equal(trained([]), Result(*gradients(program, (), x)), what=f"program {seed}, nothing dropped")
+    droppable = [branch.index for branch in backend.branches if branch.droppable]
+    rng = random.Random(seed)
+    patterns = [[index] for index in droppable]
+    patterns += [[index for index in droppable if rng.random() < 0.5] for _ in range(2)]
+    compared = refused = 0
+    for pattern in patterns:
+        steps = [step_of(backend.branches[index].name) for index in pattern]
+        try:
+            actual = trained(pattern)
+        except ValueError as error:
+            assert "nothing would be trained" in str(error)  # noqa: PT017
+            continue
+        except RuntimeError as error:
+            assert str(error).startswith(REFUSED)  # noqa: PT017
+            refused += 1
+            continue
+        assert_equal(actual, Result(*gradients(program, steps, x)), what=f"program {seed}, steps {steps}")
+        compared += 1
+    return compared, refused
+
+
+def main() -> None:
+    """Check many programs: ``python -m tests.streams --count 10000 --processes 16``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--first", type=int, default=0, help="the first program's seed")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further program after that long")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    seeds = range(options.first, options.first + options.count)
+    compared = refused = programs = 0
+    failed: list[str] = []
+    with multiprocessing.get_context("spawn").Pool(options.processes, _start, (options.device,)) as pool:
+        for found in pool.imap_unordered(_checked, seeds, chunksize=4):
+            programs += 1
+            if isinstance(found, str):
+                failed.append(found)
+                print(found, flush=True)
+            else:
+                compared, refused = compared + found[0], refused + found[1]
+            if time.monotonic() - begun > options.seconds:
+                pool.terminate()
+                break
+    print(
+        f"{programs} programs, {compared} patterns equal to the oracle, {refused} refused, {len(failed)} failed; "
+        f"torch {torch.__version__} on {options.device}, {time.monotonic() - begun:.0f} s"
+    )
+
+
+def _start(device: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_device(device)
+    warnings.simplefilter("ignore")
+
+
+def _checked(seed: int) -> tuple[int, int] | str:
+    try:
+        return check_program(seed)
+    except Exception as error:
+        return f"program {seed}: {type(error).__name__}: {str(error)[:500]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,52 +14,7 @@ from torch import Tensor, nn
 from dropbp_fx import dropbp_backend
 from tests.helpers import compile_model
 from tests.oracle import Result, assert_equal
-from tests.streams import D, gradients, random_program, step_of
-
-REFUSED = "The loss depends on a value that a dropped branch hands to the compiled model's outputs"
-
-
-def check_program(seed: int) -> tuple[int, int]:
-    """Compare a random program with its oracle: nothing dropped, each branch alone, some at random.
-
-    Returns:
-        How many patterns were compared, and how many were refused because the loss reads stored keys.
-    """
-    torch._dynamo.reset()
-    program = random_program(seed)
-    x = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(seed))
-    backend = dropbp_backend(inner="aot_eager", seed=0)
-    run = torch.compile(program, backend=backend)
-    names = dict(program.named_parameters())
-
-    def trained(pattern: list[int]) -> Result:
-        program.zero_grad(set_to_none=True)
-        with backend.pinned(pattern):
-            loss = program.loss_of(run, x)
-            if loss.requires_grad:
-                loss.backward()
-        return Result(loss.detach(), {name: p.grad for name, p in names.items()})
-
-    assert_equal(trained([]), Result(*gradients(program, (), x)), what=f"program {seed}, nothing dropped")
-    droppable = [branch.index for branch in backend.branches if branch.droppable]
-    rng = random.Random(seed)
-    patterns = [[index] for index in droppable]
-    patterns += [[index for index in droppable if rng.random() < 0.5] for _ in range(2)]
-    compared = refused = 0
-    for pattern in patterns:
-        steps = [step_of(backend.branches[index].name) for index in pattern]
-        try:
-            actual = trained(pattern)
-        except ValueError as error:
-            assert "nothing would be trained" in str(error)  # noqa: PT017
-            continue
-        except RuntimeError as error:
-            assert str(error).startswith(REFUSED)  # noqa: PT017
-            refused += 1
-            continue
-        assert_equal(actual, Result(*gradients(program, steps, x)), what=f"program {seed}, steps {steps}")
-        compared += 1
-    return compared, refused
+from tests.streams import REFUSED, D, check_program
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
