@@ -293,8 +293,8 @@ def _check_calibrate_at(share: Any, backend: DropBPBackend) -> None:
         raise TypeError(f"calibrate_at must be a number in [0, 1) or None, not {shown(share)}.")
     if not 0 <= number < 1:
         raise ValueError(
-            f"calibrate_at must be in [0, 1), not {shown(share)}: it is the share of the run that is done when sensitivities "
-            "are measured, such as 0.1."
+            f"calibrate_at must be in [0, 1), not {shown(share)}: it is the share of the run that is done when "
+            "sensitivities are measured, such as 0.1."
         )
     if backend._config.allocation != "sensitivity":
         raise ValueError(

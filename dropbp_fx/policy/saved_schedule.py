@@ -55,8 +55,8 @@ def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSched
     odd = set(data) ^ {"kind", *fields}
     if odd:
         raise ValueError(
-            f"The state's 'schedule' of the kind {kind!r} must have the entries {', '.join(map(repr, fields))}; it lacks, or "
-            f"has beside them, {', '.join(sorted(map(shown, odd)))}. Pass what state_dict() returned."
+            f"The state's 'schedule' of the kind {kind!r} must have the entries {', '.join(map(repr, fields))}; it lacks, "
+            f"or has beside them, {', '.join(sorted(map(shown, odd)))}. Pass what state_dict() returned."
         )
     if kind != "function":
         return checked_schedule(_KINDS[kind](**{field: data[field] for field in fields}))

@@ -135,8 +135,8 @@ def _check_entries(state: Any) -> None:
     version = state.get("version")
     if as_int(version) != STATE_VERSION:
         raise ValueError(
-            f"This is no state of a dropbp_fx backend of version {STATE_VERSION}: its version is {shown(version)}. Pass what "
-            "state_dict() returned."
+            f"This is no state of a dropbp_fx backend of version {STATE_VERSION}: its version is {shown(version)}. Pass "
+            "what state_dict() returned."
         )
     wanted = {"version", *(field.name for field in dataclasses.fields(SavedState))}
     _check_keys("The state", state, wanted)

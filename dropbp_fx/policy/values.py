@@ -32,7 +32,7 @@ def as_float(value: Any) -> float | None:
     try:
         return float(value) + 0.0  # no negative zero
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def as_int(value: Any) -> int | None:
