@@ -279,9 +279,10 @@ class DropBPBackend:
             progress: show a progress bar, where tqdm is installed and there is a terminal.
 
         Raises:
-            TypeError: ``step`` is not callable, or does not return a scalar tensor.
+            TypeError: ``step`` is not callable, or does not return a real scalar tensor.
             ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
-            RuntimeError: the step uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
+            RuntimeError: the step runs a backward itself (then eager modules that run after the compiled model may hold
+                gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
         check_calibration(step, metric, batches)

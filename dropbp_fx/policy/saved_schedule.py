@@ -7,7 +7,7 @@ the state must have been given a function with these rates.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dropbp_fx.policy.ramps import LateRamp, Ramp, RateSchedule, Steps, checked_schedule, checked_scheduled_rate
@@ -39,7 +39,7 @@ def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSched
         TypeError, ValueError: ``data`` is no schedule, or a function, and ``present`` is not that one.
     """
     if isinstance(data, str):
-        return checked_schedule(data)
+        return _made(lambda: data)
     if not isinstance(data, Mapping):
         raise TypeError(
             f"The state's 'schedule' must be a schedule's name or figures, not {shown(data)}. Pass what state_dict() "
@@ -59,9 +59,16 @@ def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSched
             f"or has beside them, {', '.join(sorted(map(shown, odd)))}. Pass what state_dict() returned."
         )
     if kind != "function":
-        return checked_schedule(_KINDS[kind](**{field: data[field] for field in fields}))
+        return _made(lambda: _KINDS[kind](**{field: data[field] for field in fields}))
     _check_function(data["name"], data["rates"], present)
     return present
+
+
+def _made(make: Callable[[], str | RateSchedule]) -> str | RateSchedule:
+    try:
+        return checked_schedule(make())
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"The state's 'schedule' is none: {error}") from None
 
 
 def _check_function(name: Any, rates: Any, present: str | RateSchedule) -> None:
