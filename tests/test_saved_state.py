@@ -328,7 +328,7 @@ def bad_states(state: State) -> list[tuple[str, Any]]:
         "trainable": [None, 1, 0, "True", [], {}],
         "droppable": [None, 1, 0, "True", [], {}],
         "backward_flops": COUNTS,
-        "times_seen": [*COUNTS, 0],
+        "times_seen": COUNTS,
         "times_dropped": [*COUNTS, records[1]["times_seen"] + 1],
     }.items():
         for value in record_values:

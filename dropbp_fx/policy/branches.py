@@ -114,7 +114,11 @@ def checked_choice(chosen: Iterable[int | str | Branch]) -> tuple[int | str | Br
     Raises:
         TypeError: something else was given.
     """
-    return tuple(_checked_item(item) for item in chosen)
+    try:
+        items = tuple(chosen)
+    except TypeError:  # arrays without dimensions say that they can be iterated over
+        raise TypeError(f"Branches are chosen by a list of indices or names, not by {shown(chosen)}.") from None
+    return tuple(_checked_item(item) for item in items)
 
 
 def _checked_item(item: object) -> int | str | Branch:

@@ -109,7 +109,7 @@ class RateView(MutableMapping[str, float]):
         return self._branch(name).rate
 
     def __setitem__(self, name: str, rate: float) -> None:
-        self.replace({name: rate})
+        self.replace({self._branch(name).name: rate})
 
     def __delitem__(self, name: str) -> None:
         name = self._branch(name).name
