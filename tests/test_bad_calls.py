@@ -65,7 +65,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "granularity": [*NO_NAMES, None],
     "allocation": NO_NAMES,
     "drop": NO_NAMES,
-    "pattern": [*NO_NAMES, Ramp, lambda units: [0], lambda: [0]],
+    "pattern": [*NO_NAMES, Ramp],
     "schedule": [
         *NO_NAMES,
         Ramp,

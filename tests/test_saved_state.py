@@ -560,6 +560,13 @@ def test_a_draw_that_fails_does_not_count(answer: Any, seed: int | None) -> None
         assert schedule.state_dict()["rounds"] == before["rounds"] + 1
 
 
+def test_a_pattern_of_other_arguments_is_refused_at_its_draw() -> None:
+    backend, run = compile_model(ResidualMLP(DEPTH), pattern=lambda units: [0])
+    with pytest.raises(TypeError, match=r"The pattern <function .*> cannot be called with \(units, rng\)"):
+        square_loss(run)
+    assert backend.state_dict()["rounds"] == backend.stats.forwards == 0
+
+
 def test_a_forward_that_is_refused_after_its_draw_does_not_count() -> None:
     schedule = schedule_with(*"abcd")
     schedule.draw(range(4))

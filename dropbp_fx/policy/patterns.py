@@ -116,6 +116,11 @@ class _FunctionPattern:
     function: DrawFunction
 
     def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+        if not takes(self.function, units, rng):
+            raise TypeError(
+                f"The pattern {shown(self.function)} cannot be called with (units, rng); it must be a function of the two "
+                "that returns the indices of the units to drop."
+            )
         return self.function(units, rng)
 
 
@@ -151,11 +156,6 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
     if callable(getattr(pattern, "draw", None)):
         return pattern  # type: ignore[return-value]
     if callable(pattern):
-        if not takes(pattern, (), random.Random(0)):
-            raise TypeError(
-                f"The pattern {shown(pattern)} cannot be called with (units, rng); it must be a function of the two that "
-                "returns the indices of the units to drop."
-            )
         return _FunctionPattern(pattern)
     raise TypeError(
         f"pattern is {shown(pattern)}, but must be one of the names {', '.join(map(repr, builtin))}, an object with a "
