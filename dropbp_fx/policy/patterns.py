@@ -116,12 +116,15 @@ class _FunctionPattern:
     function: DrawFunction
 
     def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
-        if not takes(self.function, units, rng):
+        try:
+            return self.function(units, rng)
+        except TypeError:
+            if takes(self.function, units, rng):
+                raise
             raise TypeError(
                 f"The pattern {shown(self.function)} cannot be called with (units, rng); it must be a function of the two "
                 "that returns the indices of the units to drop."
-            )
-        return self.function(units, rng)
+            ) from None
 
 
 def _builtin() -> dict[str, Pattern]:
