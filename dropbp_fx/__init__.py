@@ -59,3 +59,8 @@ def __getattr__(name: str) -> Any:
     if name in _INSPECTION:
         return getattr(importlib.import_module("dropbp_fx.inspect"), name)
     raise AttributeError(f"module 'dropbp_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public is shown before it is first asked for."""
+    return sorted({*globals(), *__all__})

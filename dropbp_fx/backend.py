@@ -16,12 +16,14 @@ from torch import fx
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_rate
 from dropbp_fx.lowering import Lowering
-from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.branches import Branch, checked_choice
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
 from dropbp_fx.policy.presets import resolve_preset
-from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule, is_number
+from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule
+from dropbp_fx.policy.ranks import checked_group
 from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
+from dropbp_fx.policy.values import LARGEST_COUNT, as_float, as_int, shown, takes
 from dropbp_fx.runtime.calibration import calibrate
 from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
 from dropbp_fx.state import BackendState
@@ -138,7 +140,7 @@ class DropBPBackend:
             TypeError, ValueError: something that is no rate.
         """
         schedule = self._state.schedule
-        return RateView(schedule.branches, schedule.rates, schedule.assign, checked_rate)
+        return RateView(schedule.branches, lambda: schedule.rates.by_hand, schedule.set_by_hand, checked_rate)
 
     @rates.setter
     def rates(self, rates: Mapping[str, float]) -> None:
@@ -171,8 +173,8 @@ class DropBPBackend:
 
     @schedule.setter
     def schedule(self, schedule: str | RateSchedule) -> None:
-        self._config = dataclasses.replace(self._config, schedule=checked_schedule(schedule))
-        self._state.schedule.reschedule(self._config.schedule)
+        self._state.schedule.reschedule(checked_schedule(schedule))
+        self._note_schedule()
 
     def register(self, model: torch.nn.Module) -> None:
         """Say which model the layers belong to that are compiled one by one.
@@ -191,7 +193,7 @@ class DropBPBackend:
             RuntimeError: branches have been met already, under names that they would then no longer have.
         """
         if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"register() takes the model that the compiled layers belong to, not {model!r}.")
+            raise TypeError(f"register() takes the model that the compiled layers belong to, not {shown(model)}.")
         if self._state.runners:
             raise RuntimeError(
                 f"This backend has met {len(self.branches)} branches already, and named them. Call register(model) before "
@@ -207,8 +209,8 @@ class DropBPBackend:
             ValueError: everything trainable would be dropped.
         """
         if isinstance(dropped, str) or not isinstance(dropped, Iterable):
-            raise TypeError(f"pinned() takes a list of branches; for one branch pass [{dropped!r}].")
-        return self._state.schedule.override(dropped)
+            raise TypeError(f"pinned() takes a list of branches; for one branch pass [{shown(dropped)}].")
+        return self._state.schedule.override(checked_choice(dropped))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, compute exact full gradients."""
@@ -229,19 +231,26 @@ class DropBPBackend:
             timeout_s: seconds to wait for the others before it is an error.
 
         Raises:
-            TypeError, ValueError: ``every`` is no count, or ``timeout_s`` no positive number.
+            TypeError, ValueError: ``every`` is no count, ``timeout_s`` no positive number, or ``group`` no process group
+                that this rank is in.
         """
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be a whole number of forwards, not {every!r}.")
-        if every < 0:
+        number, seconds = as_int(every), as_float(timeout_s)
+        if number is None:
+            raise TypeError(f"every must be a whole number of forwards, not {shown(every)}.")
+        if number < 0:
             raise ValueError(
-                f"every must be at least 0, not {every}; 0 compares nothing between the first draw and the last."
+                f"every must be at least 0, not {shown(every)}; 0 compares nothing between the first draw and the last."
             )
-        if not is_number(timeout_s):
-            raise TypeError(f"timeout_s must be a number of seconds, not {timeout_s!r}.")
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be above 0 seconds, not {timeout_s}.")
-        self._state.schedule.agree_across(group, every=every, timeout_s=float(timeout_s))
+        if number > LARGEST_COUNT:
+            raise ValueError(f"every must be less than 2**63, not {shown(every)}.")
+        if seconds is None:
+            raise TypeError(f"timeout_s must be a number of seconds, not {shown(timeout_s)}.")
+        if not 0 < seconds < float("inf"):
+            raise ValueError(
+                f"timeout_s must be above 0 seconds, and finite, not {shown(timeout_s)}: a rank that does not come would "
+                "let the others wait forever."
+            )
+        self._state.schedule.agree_across(checked_group(group), every=number, timeout_s=seconds)
 
     def check_ranks(self) -> None:
         """Wait for all ranks and compare everything that decides patterns, at a place of the program that all come to.
@@ -270,12 +279,20 @@ class DropBPBackend:
             progress: show a progress bar, where tqdm is installed and there is a terminal.
 
         Raises:
-            TypeError: ``step`` is not callable, or does not return a scalar tensor.
+            TypeError: ``step`` is not callable, or does not return a real scalar tensor.
             ValueError: an unknown metric, no batch, a loss that requires no gradient, or gradients that are not finite.
-            RuntimeError: the step uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
+            RuntimeError: the step runs a backward itself (then eager modules that run after the compiled model may hold
+                gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
         check_calibration(step, metric, batches)
+        if not takes(step):
+            raise TypeError(
+                f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
+                "lambda: loss_of(batch), say."
+            )
+        if not isinstance(progress, bool):
+            raise TypeError(f"progress must be True or False, not {shown(progress)}.")
         samples: list[Sensitivity] = []
         table, ranks = self._state.schedule.branches, self._state.schedule.ranks
 
@@ -285,7 +302,7 @@ class DropBPBackend:
             self._state.schedule.learn(ranks.mean(Sensitivity.mean(samples), _CALIBRATION))
 
         try:
-            calibrate(step, self._state.under, metric, batches, keep, progress)
+            calibrate(step, self._state.under, metric, int(batches), keep, progress)
         except BaseException as error:
             ranks.give_up(_CALIBRATION, error)
             raise
@@ -324,17 +341,36 @@ class DropBPBackend:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy's state in plain Python types: a run resumed from it draws the patterns the old one would have."""
+        """The policy's state in plain Python types: a run resumed from it draws the patterns the old one would have.
+
+        JSON and ``torch.load(weights_only=True)`` hold it exactly. With ``reallocate_every`` it waits for the device.
+        """
+        self._state.observer.settle()
         return self._state.schedule.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Go on where ``state_dict()`` was taken.
+        """Go on where ``state_dict()`` was taken, by this backend or another one of the same configuration.
+
+        What came after that is forgotten: sensitivities, rates set by hand and observations too. Rate, progress and schedule
+        are the state's. A function as the schedule cannot be saved: give the backend the same one before. Branches that
+        were met after the state was saved start anew where the state holds no branch, and do not fit it otherwise.
+
+        Args:
+            state: what ``state_dict()`` returned, perhaps read from a file.
+            strict: refuse a state whose branches are not those of the model. Otherwise what is known of equally named
+                branches is taken over, and the others count from 0.
 
         Raises:
-            ValueError: the state does not fit this backend or its model. If the model has not run yet, its branches are
-                compared as its graphs are compiled.
+            TypeError, ValueError: ``state`` is no state, or does not fit this backend or its model; then nothing has
+                changed. If the model has not run yet, its branches are compared as its graphs are compiled.
         """
         self._state.schedule.load_state_dict(state, strict=strict)
+        self._state.observer.forget()
+        self._note_schedule()
+
+    def _note_schedule(self) -> None:
+        """The configuration is what a pickled backend, and one that is compared, are made of."""
+        self._config = dataclasses.replace(self._config, schedule=self._state.schedule.rates.schedule)
 
     # ---- identity --------------------------------------------------------------------------------------------------
 

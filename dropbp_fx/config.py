@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import Drop
 from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
-from dropbp_fx.policy.ramps import RateSchedule, checked_schedule, is_number
+from dropbp_fx.policy.ramps import RateSchedule, checked_schedule
 from dropbp_fx.policy.ranks import in_words
-from dropbp_fx.policy.rates import Allocation
+from dropbp_fx.policy.rates import Allocation, check_attainable
 from dropbp_fx.policy.schedule import Granularity
+from dropbp_fx.policy.values import LARGEST_COUNT, SEED_BITS, as_float, as_int, shown
 from dropbp_fx.runtime.compiler import InnerCompiler
 
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -79,35 +79,29 @@ class BackendConfig:
         )
         rate = checked_rate(rate)
         max_rate = checked_max_rate(max_rate)
-        if allocation == "sensitivity" and rate > max_rate:
-            raise ValueError(
-                f"With allocation='sensitivity' the rate cannot be above max_rate, but rate={rate} and max_rate={max_rate}: "
-                "no allocation meets it. Lower the rate or raise max_rate."
-            )
-        _check_count("total_forwards", total_forwards)
-        _check_count("reallocate_every", reallocate_every)
+        check_attainable(rate, allocation, max_rate)
+        total_forwards = _checked_count("total_forwards", total_forwards)
+        reallocate_every = _checked_count("reallocate_every", reallocate_every)
         if reallocate_every is not None and allocation != "sensitivity":
             raise ValueError(
                 f"reallocate_every={reallocate_every} re-allocates rates by a running estimate of sensitivities, which "
                 f"allocation={allocation!r} does not use. Pass allocation='sensitivity' with it."
             )
         if not isinstance(rescale, bool):
-            raise TypeError(f"rescale must be True or False, not {rescale!r}.")
+            raise TypeError(f"rescale must be True or False, not {shown(rescale)}.")
         if isinstance(inner, str):
             if inner not in _INNER_NAMES:
                 raise ValueError(
                     f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair (forward compiler, backward "
-                    f"compiler), not {inner!r}."
+                    f"compiler), not {shown(inner)}."
                 )
         elif not (isinstance(inner, tuple) and len(inner) == 2 and all(callable(item) for item in inner)):
             raise TypeError(
                 f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair of callables (forward compiler, "
-                f"backward compiler), not {inner!r}."
+                f"backward compiler), not {shown(inner)}."
             )
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an integer or None, not {seed!r}.")
         if not isinstance(strict, bool):
-            raise TypeError(f"strict must be True or False, not {strict!r}.")
+            raise TypeError(f"strict must be True or False, not {shown(strict)}.")
         return cls(
             rate=rate,
             granularity=granularity,  # type: ignore[arg-type]
@@ -122,7 +116,7 @@ class BackendConfig:
             activation_memory_budget=checked_budget(activation_memory_budget),
             inner=inner,
             options=checked_inductor_options(options, inner),
-            seed=seed,
+            seed=checked_seed(seed),
             strict=strict,
         )
 
@@ -135,17 +129,38 @@ class BackendConfig:
 
 def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:
     valid = get_args(names)
-    if value not in valid:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, valid))}, not {value!r}: {meaning}.")
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, valid))}, not {shown(value)}: {meaning}.")
 
 
-def _check_count(argument: str, value: Any) -> None:
+def _checked_count(argument: str, value: Any) -> int | None:
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument} must be a whole number of forwards or None, not {value!r}.")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, not {value}.")
+        return None
+    count = as_int(value)
+    if count is None:
+        raise TypeError(f"{argument} must be a whole number of forwards or None, not {shown(value)}.")
+    if count < 1:
+        raise ValueError(f"{argument} must be at least 1, not {shown(count)}.")
+    if count > LARGEST_COUNT:
+        raise ValueError(f"{argument} must be less than 2**63, not {shown(count)}.")
+    return count
+
+
+def checked_seed(seed: Any) -> int | None:
+    """``seed`` as an ``int``, or ``None``.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it has more than 1000 bits.
+    """
+    if seed is None:
+        return None
+    number = as_int(seed)
+    if number is None:
+        raise TypeError(f"seed must be an integer or None, not {shown(seed)}.")
+    if number.bit_length() > SEED_BITS:
+        raise ValueError(f"seed must have at most {SEED_BITS} bits, not {number.bit_length()}: take a smaller integer.")
+    return number
 
 
 def checked_max_rate(rate: Any) -> float:
@@ -155,11 +170,14 @@ def checked_max_rate(rate: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if not is_number(rate):
-        raise TypeError(f"max_rate must be a number in (0, 1), not {rate!r}.")
-    if not 0 < rate < 1:
-        raise ValueError(f"max_rate must be in (0, 1), not {rate!r}: it is the highest rate that any branch is given.")
-    return float(rate)
+    number = as_float(rate)
+    if number is None:
+        raise TypeError(f"max_rate must be a number in (0, 1), not {shown(rate)}.")
+    if not 0 < number < 1:
+        raise ValueError(
+            f"max_rate must be in (0, 1), not {shown(rate)}: it is the highest rate that any branch is given."
+        )
+    return number
 
 
 def checked_budget(budget: Any) -> float | None:
@@ -171,14 +189,15 @@ def checked_budget(budget: Any) -> float | None:
     """
     if budget is None:
         return None
-    if not is_number(budget):
-        raise TypeError(f"activation_memory_budget must be a number in [0, 1] or None, not {budget!r}.")
-    if not 0 <= budget <= 1:
+    number = as_float(budget)
+    if number is None:
+        raise TypeError(f"activation_memory_budget must be a number in [0, 1] or None, not {shown(budget)}.")
+    if not 0 <= number <= 1:
         raise ValueError(
-            f"activation_memory_budget must be in [0, 1], not {budget!r}: it is the share of their activations that kept "
-            "branches may save for the backward; 1 saves all that torch.compile would, 0 recomputes whatever it can."
+            f"activation_memory_budget must be in [0, 1], not {shown(budget)}: it is the share of their activations that "
+            "kept branches may save for the backward; 1 saves all that torch.compile would, 0 recomputes whatever it can."
         )
-    return float(budget)
+    return number
 
 
 def checked_rate(rate: Any) -> float:
@@ -188,14 +207,15 @@ def checked_rate(rate: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if not is_number(rate):
-        raise TypeError(f"rate must be a number in [0, 1), not {rate!r}.")
-    if not (math.isfinite(rate) and 0 <= rate < 1):
+    number = as_float(rate)
+    if number is None:
+        raise TypeError(f"rate must be a number in [0, 1), not {shown(rate)}.")
+    if not 0 <= number < 1:
         raise ValueError(
-            f"rate must be in [0, 1), not {rate!r}: it is the share of residual branches whose backward is dropped, and "
-            "at rate 1 nothing would be trained."
+            f"rate must be in [0, 1), not {shown(rate)}: it is the share of residual branches whose backward is dropped, "
+            "and at rate 1 nothing would be trained."
         )
-    return float(rate)
+    return number
 
 
 def checked_inductor_options(options: Mapping[str, Any] | None, inner: InnerCompiler) -> tuple[tuple[str, Any], ...]:
@@ -208,11 +228,13 @@ def checked_inductor_options(options: Mapping[str, Any] | None, inner: InnerComp
     if options is None:
         return ()
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-        raise TypeError(f"options must map names of Inductor options to values, not {options!r}.")
+        raise TypeError(f"options must map names of Inductor options to values, not {shown(options)}.")
     if not options:
         return ()
     if inner != "inductor":
-        raise ValueError(f"options go to Inductor, but inner={inner!r}. Drop the options, or use inner='inductor'.")
+        raise ValueError(
+            f"options go to Inductor, but inner={shown(inner)}. Drop the options, or use inner='inductor'."
+        )
     known = _torch.inductor_option_names()
     canonical = {name.replace("-", "_"): value for name, value in options.items()}
     for name in canonical:

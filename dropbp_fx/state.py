@@ -81,17 +81,20 @@ class GraphPolicy:
     def draw(self) -> Drawn:
         self.state.observer.reallocate_if_due()
         schedule = self.state.schedule
-        dropped = schedule.draw(self.indices)
+        dropped = schedule.draw(self.indices, self._check_ddp)
         for listen in self.state.listeners:
             listen(self.indices, dropped)
-        if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
+        local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
+        below = self.below and 0 in local and schedule.drops_all_before(self.indices[0])
+        return Drawn(local, below, schedule.scales(self.indices))
+
+    def _check_ddp(self, dropped: frozenset[int]) -> None:
+        branches = self.state.schedule.branches
+        if any(branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
             raise RuntimeError(
                 "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
                 "none. Make it with find_unused_parameters=True, and without static_graph=True."
             )
-        local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
-        below = self.below and 0 in local and schedule.drops_all_before(self.indices[0])
-        return Drawn(local, below, schedule.scales(self.indices))
 
     def observation(self) -> Observation | None:
         return self.state.observer.observation()

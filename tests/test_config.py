@@ -291,7 +291,7 @@ def test_a_single_branch_object_is_no_list_of_branches() -> None:
 
 @pytest.mark.parametrize("state", [{}, {"version": 1}, {"version": "2", "rate": 0.5}])
 def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"no state of a dropbp_fx backend of version 2.*Pass what state_dict"):
+    with pytest.raises(ValueError, match=r"no state of a dropbp_fx backend of version 3.*Pass what state_dict"):
         dropbp_backend().load_state_dict(state)
 
 

@@ -121,7 +121,15 @@ def _explain(arguments: argparse.Namespace) -> None:
         lora_rank=arguments.lora_rank,
     )
     backend = dropbp_fx.dropbp_backend(arguments.rate, granularity=arguments.granularity, inner=arguments.inner)
-    explanation = dropbp_fx.explain(model, **inputs, backend=backend)
+    try:
+        explanation = dropbp_fx.explain(model, **inputs, backend=backend)
+    except (ValueError, RuntimeError):
+        raise
+    except Exception as error:  # a forward that its configuration's sizes break in its own way
+        raise ValueError(
+            f"{type(model).__name__} cannot be run in this configuration: {type(error).__name__}: {error}. Check its "
+            "values, and those given with --set, against each other."
+        ) from error
     if arguments.json == "-":
         print(explanation.to_json())
     else:

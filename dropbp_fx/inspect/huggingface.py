@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dropbp_fx.policy.values import shown
+
+_SIZE = re.compile(r"^(num|n|d|max)_|size|layers|heads|dim|embd|positions|channels|depth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +49,7 @@ def build(
     transformers.logging.set_verbosity_error()
     config = _configuration(source)
     _apply(config, settings)
+    _check_sizes(config)
     config.dtype = DTYPES[dtype]
     _check_length(config, tokens)
     model_class = _model_class(config)
@@ -59,10 +64,9 @@ def build(
     except (ConfigError, ImportError):
         raise
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"No {model_class.__name__} can be built from this configuration: {line.rstrip('.')}. Check the values given "
-            "with --set against each other."
+            f"No {model_class.__name__} can be built from this configuration: {_reason(error)}. Check its values, and those "
+            "given with --set, against each other."
         ) from error
     return model.train(), inputs
 
@@ -84,12 +88,18 @@ def _configuration(source: str) -> Any:
                 f"{path} is no JSON file ({error}). Pass the config.json of a Hugging Face model."
             ) from error
         kind = read.get("model_type") if isinstance(read, dict) else None
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ConfigError(
-                f"{path} has the model_type {kind!r}, which transformers {transformers.__version__} does not know. Add or "
-                'correct its entry "model_type", or install a version of transformers that has the model.'
+                f"{path} has the model_type {shown(kind)}, which transformers {transformers.__version__} does not know. Add "
+                'or correct its entry "model_type", or install a version of transformers that has the model.'
             )
-        return CONFIG_MAPPING[str(kind)].from_dict(read)
+        try:
+            return CONFIG_MAPPING[kind].from_dict(read)
+        except Exception as error:  # configurations check their values, each in its own way
+            raise ConfigError(
+                f"{path} is no configuration of {kind} that transformers {transformers.__version__} takes: "
+                f"{_reason(error)}. Correct it there."
+            ) from error
     if source in CONFIG_MAPPING:
         return CONFIG_MAPPING[source]()
     if "/" in source or source.endswith(".json"):
@@ -123,8 +133,36 @@ def _apply(config: Any, settings: Sequence[str]) -> None:
         try:
             setattr(config, name, value)
         except Exception as error:  # configurations check some values, each in its own way
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConfigError(f"The configuration refuses {setting!r}: {line.rstrip('.')}.") from error
+            raise ConfigError(f"The configuration refuses {setting!r}: {_reason(error)}.") from error
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse sizes below 0, which range() and the like take for none; and those that are none where the default is one."""
+    default = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        usual = default.get(name)
+        if (
+            not _SIZE.search(name)
+            or "window" in name
+            or not isinstance(usual, int)
+            or isinstance(usual, bool)
+            or usual <= 0
+        ):
+            continue
+        if isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(
+                f"The configuration's {name} is {shown(value)}, but a size cannot be negative; {config.model_type} has "
+                f"{usual} by default."
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without a full stop."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    cause = error.__cause__
+    if line.endswith(":") and cause is not None:
+        line = f"{line} {_reason(cause) if isinstance(cause, Exception) else cause}"
+    return line.rstrip(".:") if len(line.split()) > 1 else f"{type(error).__name__} {line}".strip()
 
 
 def _check_length(config: Any, tokens: int) -> None:
@@ -140,9 +178,11 @@ def _model_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    named = getattr(config, "architectures", None)
+    for name in named if isinstance(named, (list, tuple)) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
     mappings = (
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,

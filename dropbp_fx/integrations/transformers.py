@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.inspect import Explanation, explain
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
-from dropbp_fx.policy.ramps import RateSchedule, is_number
+from dropbp_fx.policy.ramps import RateSchedule
 from dropbp_fx.policy.sensitivity import Metric, check_calibration
+from dropbp_fx.policy.values import as_float, shown
 
 try:
     from accelerate.utils import send_to_device
@@ -96,20 +97,22 @@ class DropBPCallback(TrainerCallback):
     ) -> None:
         if not isinstance(backend, DropBPBackend):
             raise TypeError(
-                f"backend must be what dropbp_backend() returns, not {backend!r}: compile the model with it "
+                f"backend must be what dropbp_backend() returns, not {shown(backend)}: compile the model with it "
                 "(model.compile(backend=backend)) and hand it to the callback."
             )
         _check_calibrate_at(calibrate_at, backend)
         if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be a function of (model, batch) that returns the loss, or None, not {loss!r}.")
-        if log not in ("all", "rate", "nothing"):
-            raise ValueError(f"log must be 'all', 'rate' or 'nothing', not {log!r}.")
+            raise TypeError(
+                f"loss must be a function of (model, batch) that returns the loss, or None, not {shown(loss)}."
+            )
+        if not isinstance(log, str) or log not in ("all", "rate", "nothing"):
+            raise ValueError(f"log must be 'all', 'rate' or 'nothing', not {shown(log)}.")
         own: tuple[Batch, ...] | None = None
         if not isinstance(calibration_batches, int):
             if isinstance(calibration_batches, (str, Mapping)) or not isinstance(calibration_batches, Sequence):
                 raise TypeError(
                     "calibration_batches must be a number of batches, or a list of batches as the model takes them, not "
-                    f"{calibration_batches!r}."
+                    f"{shown(calibration_batches)}."
                 )
             own = tuple(calibration_batches)
         count = calibration_batches if own is None else len(own)
@@ -218,10 +221,16 @@ class DropBPCallback(TrainerCallback):
         return {"version": _STATE_VERSION, "calibrated": self._calibrated, "backend": self.backend.state_dict()}
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        if saved.get("version") != _STATE_VERSION:
+        version = saved.get("version") if isinstance(saved, Mapping) else None
+        if version != _STATE_VERSION:
             raise ValueError(
-                f"The checkpoint's state of a DropBPCallback is of version {saved.get('version')!r}, not {_STATE_VERSION}. "
+                f"The checkpoint's state of a DropBPCallback is of version {shown(version)}, not {_STATE_VERSION}. "
                 "Resume with the version of dropbp_fx that saved it."
+            )
+        if not isinstance(saved.get("calibrated"), bool) or "backend" not in saved:
+            raise ValueError(
+                "The checkpoint's state of a DropBPCallback lacks 'backend', or its 'calibrated' is neither true nor false. "
+                "Resume from a checkpoint that DropBPCallback saved."
             )
         self.backend.load_state_dict(saved["backend"])
         self._calibrated = saved["calibrated"]
@@ -279,12 +288,13 @@ def _states(state: TrainerState) -> dict[str, Any]:
 def _check_calibrate_at(share: Any, backend: DropBPBackend) -> None:
     if share is None:
         return
-    if not is_number(share):
-        raise TypeError(f"calibrate_at must be a number in [0, 1) or None, not {share!r}.")
-    if not 0 <= share < 1:
+    number = as_float(share)
+    if number is None:
+        raise TypeError(f"calibrate_at must be a number in [0, 1) or None, not {shown(share)}.")
+    if not 0 <= number < 1:
         raise ValueError(
-            f"calibrate_at must be in [0, 1), not {share!r}: it is the share of the run that is done when sensitivities are "
-            "measured, such as 0.1."
+            f"calibrate_at must be in [0, 1), not {shown(share)}: it is the share of the run that is done when "
+            "sensitivities are measured, such as 0.1."
         )
     if backend._config.allocation != "sensitivity":
         raise ValueError(

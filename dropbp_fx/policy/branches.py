@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+from dropbp_fx.policy.values import as_int, shown
 
 
 @dataclasses.dataclass
@@ -69,6 +71,17 @@ class BranchTable:
             self._order.append(branch)
         return branch
 
+    def become(self, records: Sequence[Branch]) -> None:
+        """Hold exactly these, in this order. Whoever holds a known branch of one of the names sees it change."""
+        order: list[Branch] = []
+        for record in records:
+            branch = self._branches.get(record.name, record)
+            for field in dataclasses.fields(Branch):
+                setattr(branch, field.name, getattr(record, field.name))
+            order.append(branch)
+        self._order = order
+        self._branches = {branch.name: branch for branch in order}
+
     def resolve(self, chosen: Iterable[int | str | Branch]) -> frozenset[int]:
         """Indices of branches given by index, name or object.
 
@@ -78,15 +91,13 @@ class BranchTable:
             TypeError: something else was given.
         """
         found: set[int] = set()
-        for item in chosen:
+        for item in checked_choice(chosen):
             if isinstance(item, Branch):
                 item = item.name
-            if isinstance(item, bool) or not isinstance(item, (int, str)):
-                raise TypeError(f"A branch is chosen by its index or its name, not by {item!r}.")
             if isinstance(item, int):
                 if not 0 <= item < len(self):
                     raise IndexError(
-                        f"There is no branch {item}: the model has {len(self)} residual branches, numbered 0 to "
+                        f"There is no branch {shown(item)}: the model has {len(self)} residual branches, numbered 0 to "
                         f"{len(self) - 1} in execution order."
                     )
                 found.add(item)
@@ -95,6 +106,28 @@ class BranchTable:
             else:
                 raise KeyError(unknown_name(item, self._branches))
         return frozenset(found)
+
+
+def checked_choice(chosen: Iterable[int | str | Branch]) -> tuple[int | str | Branch, ...]:
+    """Branches given by index, name or object, whether or not there are such branches.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    try:
+        items = tuple(chosen)
+    except TypeError:  # arrays without dimensions say that they can be iterated over
+        raise TypeError(f"Branches are chosen by a list of indices or names, not by {shown(chosen)}.") from None
+    return tuple(_checked_item(item) for item in items)
+
+
+def _checked_item(item: object) -> int | str | Branch:
+    if isinstance(item, (str, Branch)):
+        return item
+    index = as_int(item)
+    if index is None:
+        raise TypeError(f"A branch is chosen by its index or its name, not by {shown(item)}.")
+    return index
 
 
 def unknown_name(name: str, known: Iterable[str]) -> str:

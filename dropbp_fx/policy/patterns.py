@@ -24,6 +24,7 @@ from typing import Protocol, runtime_checkable
 
 from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
 from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.values import shown, takes
 
 __all__ = [
     "IndependentPattern",
@@ -115,7 +116,15 @@ class _FunctionPattern:
     function: DrawFunction
 
     def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
-        return self.function(units, rng)
+        try:
+            return self.function(units, rng)
+        except TypeError:
+            if takes(self.function, units, rng):
+                raise
+            raise TypeError(
+                f"The pattern {shown(self.function)} cannot be called with (units, rng); it must be a function of the two "
+                "that returns the indices of the units to drop."
+            ) from None
 
 
 def _builtin() -> dict[str, Pattern]:
@@ -152,8 +161,8 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
     if callable(pattern):
         return _FunctionPattern(pattern)
     raise TypeError(
-        f"pattern is {pattern!r}, but must be one of the names {', '.join(map(repr, builtin))}, an object with a method "
-        "draw(units, rng), or a function of (units, rng) that returns the indices of the units to drop."
+        f"pattern is {shown(pattern)}, but must be one of the names {', '.join(map(repr, builtin))}, an object with a "
+        "method draw(units, rng), or a function of (units, rng) that returns the indices of the units to drop."
     )
 
 
@@ -190,8 +199,8 @@ def checked_draw(pattern: Pattern, units: Sequence[Unit], rng: random.Random, *,
     drawn = pattern.draw(units, rng)
     if not isinstance(drawn, Iterable):
         raise TypeError(
-            f"The pattern {pattern!r} returned {drawn!r}, but must return a collection of the indices of the units to "
-            "drop; an empty one drops nothing."
+            f"The pattern {shown(pattern)} returned {shown(drawn)}, but must return a collection of the indices of the "
+            "units to drop; an empty one drops nothing."
         )
     dropped = {_checked_index(entry, pattern, len(units)) for entry in drawn}
     return _keeping_one(dropped, units, rng) if keep_one else frozenset(dropped)
@@ -204,12 +213,12 @@ def _checked_index(entry: object, pattern: Pattern, count: int) -> int:
         index = operator.index(entry)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
-            f"The pattern {pattern!r} returned {entry!r} among the units to drop, but each must be an integer: the unit's "
-            "index. To turn a mask into indices, return [i for i, drop in enumerate(mask) if drop]."
+            f"The pattern {shown(pattern)} returned {shown(entry)} among the units to drop, but each must be an "
+            "integer: the unit's index. To turn a mask into indices, return [i for i, drop in enumerate(mask) if drop]."
         ) from None
     if not 0 <= index < count:
         raise IndexError(
-            f"The pattern {pattern!r} returned the index {index}, but there are {count} units, numbered from 0"
+            f"The pattern {shown(pattern)} returned the index {shown(index)}, but there are {count} units, numbered from 0"
             f"{f' to {count - 1}' if count else ''}. Return indices into the units that draw() was given."
         )
     return index

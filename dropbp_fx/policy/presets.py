@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from dropbp_fx.policy.rates import Allocation
+from dropbp_fx.policy.values import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def resolve_preset(policy: str) -> Preset:
     names = ", ".join(map(repr, known))
     if not isinstance(policy, str):
         raise TypeError(
-            f"policy must be one of the names {names}, not {policy!r}. A pattern of your own is passed as pattern=."
+            f"policy must be one of the names {names}, not {shown(policy)}. A pattern of your own is passed as pattern=."
         )
     if policy not in known:
         raise ValueError(

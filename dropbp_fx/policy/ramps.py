@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from dropbp_fx.policy.values import as_float, shown, takes
+
 #: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
 RateSchedule = Callable[[float], float]
 
@@ -15,10 +17,18 @@ _NAMES = ("constant", "ramp_up", "ramp_down", "step", "late_ramp")
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-    """A straight line from ``start`` to ``end``."""
+    """A straight line from ``start`` to ``end``.
+
+    Raises:
+        TypeError, ValueError: one of them is no finite number.
+    """
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        for field in ("start", "end"):
+            object.__setattr__(self, field, _finite(f"Ramp.{field}", getattr(self, field)))
 
     def __call__(self, progress: float) -> float:
         """The rate at ``progress``."""
@@ -30,17 +40,21 @@ class LateRamp:
     """Nothing until ``begin``, a progress in [0, 1), then a straight line to ``end``, the rate at the end of the run.
 
     Raises:
-        ValueError: ``begin`` is out of range.
+        TypeError, ValueError: one of them is no finite number, or ``begin`` is out of range.
     """
 
     begin: float
     end: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.begin < 1:
+        begin, end = _finite("LateRamp.begin", self.begin), _finite("LateRamp.end", self.end)
+        if not 0 <= begin < 1:
             raise ValueError(
-                f"begin must be in [0, 1), not {self.begin!r}: it is the share of the run that is done when the ramp begins."
+                f"begin must be in [0, 1), not {shown(self.begin)}: it is the share of the run that is done when the ramp "
+                "begins."
             )
+        object.__setattr__(self, "begin", begin)
+        object.__setattr__(self, "end", end)
 
     def __call__(self, progress: float) -> float:
         """The rate at ``progress``."""
@@ -49,9 +63,27 @@ class LateRamp:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Constant pieces: ``rates`` are pairs (progress from which it holds, rate); the rate before the first is 0."""
+    """Constant pieces: ``rates`` are pairs (progress from which it holds, rate); the rate before the first is 0.
+
+    Raises:
+        TypeError, ValueError: they are no pairs of finite numbers, or a rate is not in [0, 1).
+    """
 
     rates: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rates, (list, tuple)) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in self.rates
+        ):
+            raise TypeError(
+                f"Steps takes pairs (progress from which it holds, rate), such as ((0.5, 0.2), (0.9, 0.7)), not "
+                f"{shown(self.rates)}."
+            )
+        pairs = tuple((_finite("A progress in Steps", at), _finite("A rate in Steps", rate)) for at, rate in self.rates)
+        for _, rate in pairs:
+            if not 0 <= rate < 1:
+                raise ValueError(f"A rate in Steps must be in [0, 1), not {shown(rate)}.")
+        object.__setattr__(self, "rates", pairs)
 
     def __call__(self, progress: float) -> float:
         """The rate at ``progress``."""
@@ -93,19 +125,23 @@ def checked_schedule(schedule: Any) -> str | RateSchedule:
                 "or a function from progress (0 to 1) to a rate."
             )
         return schedule
+    if isinstance(schedule, type):
+        raise TypeError(
+            f"schedule is the class {schedule.__name__}, but must be an instance of it: pass {schedule.__name__}(...)."
+        )
     if not callable(schedule):
         raise TypeError(
             f"schedule must be one of {', '.join(map(repr, _NAMES))}, or a function from progress (0 to 1) to a rate, not "
-            f"{schedule!r}."
+            f"{shown(schedule)}."
+        )
+    if not takes(schedule, 0.0):
+        raise TypeError(
+            f"The schedule {shown(schedule)} cannot be called with one number; it must be a function from progress (0 to 1) "
+            "to a rate."
         )
     for progress in (0.0, 0.5, 1.0):
         checked_scheduled_rate(schedule(progress), progress)
     return schedule  # type: ignore[no-any-return]
-
-
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a real number; ``True`` and ``False`` are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def checked_scheduled_rate(rate: Any, progress: float) -> float:
@@ -115,11 +151,14 @@ def checked_scheduled_rate(rate: Any, progress: float) -> float:
         TypeError: it is no number.
         ValueError: it is not in [0, 1).
     """
-    if not is_number(rate):
-        raise TypeError(f"The schedule returned {rate!r} at progress {progress:g}; it must return a rate in [0, 1).")
-    if not (math.isfinite(rate) and 0 <= rate < 1):
-        raise ValueError(f"The schedule returned {rate!r} at progress {progress:g}; a rate must be in [0, 1).")
-    return float(rate)
+    number = as_float(rate)
+    if number is None:
+        raise TypeError(
+            f"The schedule returned {shown(rate)} at progress {progress:g}; it must return a rate in [0, 1), a number."
+        )
+    if not 0 <= number < 1:
+        raise ValueError(f"The schedule returned {shown(rate)} at progress {progress:g}; a rate must be in [0, 1).")
+    return number
 
 
 def checked_progress(progress: Any) -> float:
@@ -129,10 +168,21 @@ def checked_progress(progress: Any) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if not is_number(progress):
-        raise TypeError(f"progress must be a number in [0, 1], not {progress!r}.")
-    if not 0 <= progress <= 1:
+    number = as_float(progress)
+    if number is None:
+        raise TypeError(f"progress must be a number in [0, 1], not {shown(progress)}.")
+    if not 0 <= number <= 1:
         raise ValueError(
-            f"progress must be in [0, 1], not {progress!r}: it is the share of the run that is done, such as step / total."
+            f"progress must be in [0, 1], not {shown(progress)}: it is the share of the run that is done, such as step / "
+            "total."
         )
-    return float(progress)
+    return number
+
+
+def _finite(what: str, value: Any) -> float:
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"{what} must be a number, not {shown(value)}.")
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be a finite number, not {shown(value)}.")
+    return number

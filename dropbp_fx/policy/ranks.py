@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dropbp_fx import _torch
 from dropbp_fx.policy.sensitivity import Sensitivity
+from dropbp_fx.policy.values import shown
 
 Message = dict[str, Any]
 #: A disagreement found in passing is an error this many steps later, so that no rank has run on past that point: hosts of
@@ -55,6 +56,32 @@ class Proposal:
     seed: int | None
     initial_seed: int
     flops: Mapping[str, int]
+
+
+def checked_group(group: Any) -> Any:
+    """A process group that this rank is in, or ``None`` for the default one.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: it has no place for this rank.
+    """
+    if group is None:
+        return None
+    if not dist.is_available():
+        raise ValueError(
+            "This PyTorch was built without torch.distributed, so there is no process group to agree across."
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "This rank is not in the process group: new_group() returned GroupMember.NON_GROUP_MEMBER on it. Call "
+            "agree_across(group) on the ranks of the group alone, with the groups that hold them."
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a process group of torch.distributed, or None for all ranks, not {shown(group)}. new_group() "
+            "and the get_group() of a device mesh return one."
+        )
+    return group
 
 
 class RankAgreement:

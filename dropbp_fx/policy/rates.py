@@ -2,67 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch, BranchTable, unknown_name
 from dropbp_fx.policy.ramps import RateSchedule, checked_scheduled_rate, rate_schedule
+from dropbp_fx.policy.values import shown
 
 Allocation = Literal["uniform", "sensitivity"]
 
 
+@dataclasses.dataclass(frozen=True)
 class Rates:
-    """Settles the rate of every branch whenever something it depends on has changed.
+    """Settles the rates of branches. To change something, make another one, and settle by it before going by it.
 
-    Args:
-        rate: the drop rate of the whole model, in [0, 1).
+    Attributes:
+        rate: the drop rate of the whole model, in [0, 1), as it was asked for.
         allocation: "uniform" gives every branch the model's rate; "sensitivity" shares the model's backward FLOPs out by
             :func:`~dropbp_fx.policy.allocation.allocate`, as soon as sensitivities are known.
         schedule: how the model's rate depends on progress.
         max_rate: no allocated or scheduled rate is higher.
         rescale: gradients of kept branches are rescaled, which changes what allocation minimises.
+        progress: share of the run that is done.
+        by_hand: rates set by hand, by branch.
+        sensitivities: by branch, once they are known.
     """
 
-    def __init__(
-        self,
-        rate: float,
-        *,
-        allocation: Allocation = "uniform",
-        schedule: str | RateSchedule = "constant",
-        max_rate: float = 0.95,
-        rescale: bool = False,
-    ) -> None:
-        self._rate = rate
-        self.allocation = allocation
-        self.schedule = schedule
-        self.max_rate = max_rate
-        self.rescale = rescale
-        self.progress = 0.0
-        self.by_hand: dict[str, float] = {}
-        self.sensitivities: dict[str, float] = {}
-
-    @property
-    def rate(self) -> float:
-        """The model's rate as it was asked for; setting it takes back rates that were set by hand."""
-        return self._rate
-
-    @rate.setter
-    def rate(self, rate: float) -> None:
-        self._rate = rate
-        self.by_hand.clear()
+    rate: float
+    allocation: Allocation = "uniform"
+    schedule: str | RateSchedule = "constant"
+    max_rate: float = 0.95
+    rescale: bool = False
+    progress: float = 0.0
+    by_hand: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def current(self) -> float:
         """The model's rate at this point of the run."""
         if self.schedule == "constant":
-            return self._rate
+            return self.rate
         return checked_scheduled_rate(
-            rate_schedule(self.schedule, self._rate, self.max_rate)(self.progress), self.progress
+            rate_schedule(self.schedule, self.rate, self.max_rate)(self.progress), self.progress
         )
 
-    def assign(self, branches: Sequence[Branch]) -> None:
-        """Give every branch its rate."""
+    def of(self, branches: Sequence[Branch]) -> list[float]:
+        """The rate that is each branch's due.
+
+        Raises:
+            TypeError, ValueError: the schedule gives no rate at this progress.
+        """
         current = self.current
         shares = [branch for branch in branches if branch.droppable]
         rates = dict.fromkeys((branch.name for branch in branches), current)
@@ -75,10 +66,24 @@ class Rates:
                 rescale=self.rescale,
             )
             rates.update(zip((branch.name for branch in shares), allocated, strict=True))
-        factor = current / self._rate if self._rate else 1.0
-        for branch in branches:
-            by_hand = self.by_hand.get(branch.name)
-            branch.rate = rates[branch.name] if by_hand is None else min(by_hand * factor, max(self.max_rate, by_hand))
+        factor = current / self.rate if self.rate else 1.0
+        for name, by_hand in self.by_hand.items():
+            if name in rates:
+                rates[name] = min(by_hand * factor, max(self.max_rate, by_hand))
+        return [rates[branch.name] for branch in branches]
+
+
+def check_attainable(rate: float, allocation: str, max_rate: float) -> None:
+    """Refuse a rate that allocation by sensitivity cannot give.
+
+    Raises:
+        ValueError: it is above the highest rate of a branch.
+    """
+    if allocation == "sensitivity" and rate > max_rate:
+        raise ValueError(
+            f"With allocation='sensitivity' the rate cannot be above max_rate, but rate={rate} and max_rate={max_rate}: "
+            "no allocation meets it. Lower the rate or raise max_rate."
+        )
 
 
 class RateView(MutableMapping[str, float]):
@@ -88,22 +93,30 @@ class RateView(MutableMapping[str, float]):
     schedule, in proportion. ``del rates[name]`` gives it back.
     """
 
-    def __init__(self, table: BranchTable, rates: Rates, changed: Any, check: Any) -> None:
+    def __init__(
+        self,
+        table: BranchTable,
+        by_hand: Callable[[], Mapping[str, float]],
+        set_by_hand: Callable[[Mapping[str, float]], None],
+        check: Callable[[Any], float],
+    ) -> None:
         self._table = table
-        self._rates = rates
-        self._changed = changed
+        self._by_hand = by_hand
+        self._set_by_hand = set_by_hand
         self._check = check
 
     def __getitem__(self, name: str) -> float:
         return self._branch(name).rate
 
     def __setitem__(self, name: str, rate: float) -> None:
-        self._rates.by_hand[self._branch(name).name] = self._check(rate)
-        self._changed()
+        self.replace({self._branch(name).name: rate})
 
     def __delitem__(self, name: str) -> None:
-        self._rates.by_hand.pop(self._branch(name).name, None)
-        self._changed()
+        name = self._branch(name).name
+        self._set_by_hand({known: rate for known, rate in self._by_hand().items() if known != name})
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._table.named(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return (branch.name for branch in self._table)
@@ -116,17 +129,38 @@ class RateView(MutableMapping[str, float]):
 
     def replace(self, rates: Mapping[str, float]) -> None:
         """Set several, all or none of them."""
+        if not isinstance(rates, Mapping):
+            raise TypeError(
+                f"rates must map names of branches to rates, not {shown(rates)}. To give every branch one rate, set "
+                "backend.rate."
+            )
         checked = {self._branch(name).name: self._check(rate) for name, rate in rates.items()}
-        self._rates.by_hand.update(checked)
-        self._changed()
+        self._set_by_hand({**self._by_hand(), **checked})
+
+    def update(self, other: Any = (), /, **rates: Any) -> None:
+        """Set several, all or none of them."""
+        try:
+            several = dict(other, **rates)
+        except (TypeError, ValueError):
+            raise TypeError(f"rates must map names of branches to rates, not {shown(other)}.") from None
+        self.replace(several)
+
+    def clear(self) -> None:
+        """Give back all rates that were set by hand; the branches stay."""
+        self._set_by_hand({})
 
     def _branch(self, name: str) -> Branch:
-        branch = self._table.named(name)
+        branch = self._table.named(name) if isinstance(name, str) else None
         if branch is None:
             if not len(self._table):
                 raise KeyError(
-                    f"There is no branch named {name!r} yet: branches are found when the model first runs. Set rates after "
-                    "the first forward."
+                    f"There is no branch named {shown(name)} yet: branches are found when the model first runs. Set rates "
+                    "after the first forward."
+                )
+            if not isinstance(name, str):
+                raise KeyError(
+                    f"There is no branch named {shown(name)}: rates go by the names of branches, which are strings, such as "
+                    f"{self._table[0].name!r}. See backend.branches."
                 )
             raise KeyError(unknown_name(name, [known.name for known in self._table]))
         return branch

@@ -23,8 +23,8 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dropbp_fx.policy.sensitivity import Metric
 
@@ -64,6 +64,31 @@ class _Average:
         return self.total / self.weight
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedAverage:
+    """One average of a state, of one field of :class:`Observed`; the stem's has no name.
+
+    Raises:
+        ValueError: no observations come to it.
+    """
+
+    name: str
+    field: str
+    total: float
+    weight: float
+
+    def __post_init__(self) -> None:
+        fields = [field.name for field in dataclasses.fields(Observed)] if self.name != _STEM else ["own"]
+        if self.field not in fields:
+            raise ValueError(
+                f"The average of {self.name!r} must be of {' or '.join(map(repr, fields))}, not {self.field!r}."
+            )
+        if not (math.isfinite(self.total) and self.total >= 0):
+            raise ValueError(f"The total of an average must be finite and at least 0, not {self.total}.")
+        if not 0 < self.weight <= 1 + 1e-9:
+            raise ValueError(f"The weight of an average must be in (0, 1], not {self.weight}.")
+
+
 class RunningSensitivity:
     """Averages what steps show, and estimates sensitivities from it.
 
@@ -84,7 +109,7 @@ class RunningSensitivity:
         """
         for name, observed in {**branches, _STEM: Observed(own=stem)}.items():
             for field, value in dataclasses.asdict(observed).items():
-                if value is not None:
+                if value is not None and math.isfinite(value):  # under fp16 the gradients of a skipped step are not
                     self._averages.setdefault((name, field), _Average()).add(value, self._decay)
 
     def estimate(self, names: Sequence[str], metric: Metric = "gradient") -> dict[str, float] | None:
@@ -111,10 +136,10 @@ class RunningSensitivity:
         average = self._averages.get((name, field))
         return otherwise if average is None else average.value
 
-    def state_dict(self) -> list[list[Any]]:
-        """The averages in plain Python types."""
-        return [[name, field, a.total, a.weight] for (name, field), a in self._averages.items()]
+    def averages(self) -> tuple[SavedAverage, ...]:
+        """The averages, to go on from."""
+        return tuple(SavedAverage(name, field, a.total, a.weight) for (name, field), a in self._averages.items())
 
-    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
-        """Go on from averages that :meth:`state_dict` returned."""
-        self._averages = {(name, field): _Average(*rest) for name, field, *rest in state}
+    def load(self, averages: Sequence[SavedAverage]) -> None:
+        """Go on from these averages, and no others."""
+        self._averages = {(a.name, a.field): _Average(a.total, a.weight) for a in averages}

@@ -7,8 +7,8 @@ import dataclasses
 import random
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,13 +16,13 @@ from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
 from dropbp_fx.policy.ramps import RateSchedule
 from dropbp_fx.policy.ranks import Proposal, RankAgreement, in_words
-from dropbp_fx.policy.rates import Rates
+from dropbp_fx.policy.rates import Rates, check_attainable
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.sampling import Unit
+from dropbp_fx.policy.saved_state import Granularity, SavedState
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity
+from dropbp_fx.policy.values import shown
 
-Granularity = Literal["branch", "layer"]
-_STATE_VERSION = 2
 #: Share of the forwards that are observed for a running estimate: one in so many.
 _OBSERVE_EVERY = 20
 #: A run whose schedule has not moved by this many forwards was probably never told of its progress.
@@ -114,15 +114,20 @@ class Schedule:
 
     @rate.setter
     def rate(self, rate: float) -> None:
+        """Give all branches one rate; rates that were set by hand are taken back."""
         with self._lock:
-            self.rates.rate = rate
-            self.assign()
+            check_attainable(rate, self.rates.allocation, self.rates.max_rate)
+            self._go_by(dataclasses.replace(self.rates, rate=rate, by_hand={}))
+
+    def set_by_hand(self, by_hand: Mapping[str, float]) -> None:
+        """Let these branches have rates of their own, and no others."""
+        with self._lock:
+            self._go_by(dataclasses.replace(self.rates, by_hand=by_hand))
 
     def reschedule(self, schedule: str | RateSchedule) -> None:
         """Let the rate depend on progress in another way from now on."""
         with self._lock:
-            self.rates.schedule = schedule
-            self.assign()
+            self._go_by(dataclasses.replace(self.rates, schedule=schedule))
 
     @property
     def progress(self) -> float:
@@ -131,23 +136,36 @@ class Schedule:
     @progress.setter
     def progress(self, progress: float) -> None:
         with self._lock:
+            self._go_by(dataclasses.replace(self.rates, progress=progress))
             self._progress_told = True
-            self.rates.progress = progress
-            self.assign()
 
     def assign(self) -> None:
         """Give every branch the rate that is its due now."""
+        self._go_by(self.rates)
+
+    def _go_by(self, rates: Rates) -> None:
+        """Give every branch the rate that is its due by ``rates``, from now on.
+
+        Raises:
+            TypeError, ValueError: there is none; then nothing has changed.
+        """
         with self._lock:
-            self.rates.assign(tuple(self.branches))
-            self._scales = None
-            self._units_of.clear()
+            settled = rates.of(tuple(self.branches))
+            self.rates = rates
+            self._set_rates(settled)
+
+    def _set_rates(self, settled: Iterable[float]) -> None:
+        for branch, rate in zip(self.branches, settled, strict=False):
+            branch.rate = rate
+        self._scales = None
+        self._units_of.clear()
 
     def learn(self, sensitivity: Sensitivity) -> None:
         """Take note of measured sensitivities."""
         with self._lock:
+            by_name = dict(zip(sensitivity.names, sensitivity.values, strict=True))
+            self._go_by(dataclasses.replace(self.rates, sensitivities=by_name))
             self.sensitivity = sensitivity
-            self.rates.sensitivities = dict(zip(sensitivity.names, sensitivity.values, strict=True))
-            self.assign()
 
     def agree_across(self, group: Any, *, every: int, timeout_s: float) -> None:
         """Patterns are to be alike on the ranks of ``group``, and only there."""
@@ -219,17 +237,21 @@ class Schedule:
                 if backward_flops:
                     self._weighed.add(index)
 
-    def draw(self, indices: Sequence[int]) -> frozenset[int]:
+    def draw(self, indices: Sequence[int], check: Callable[[frozenset[int]], object] | None = None) -> frozenset[int]:
         """The branches among ``indices`` (those of one graph) that this forward drops.
+
+        Whatever is raised, by a pattern of the user's or by ``check`` of what was drawn, the forward then does not count.
 
         Raises:
             ValueError: a pinned pattern drops everything trainable, or a loaded state has branches the model lacks.
             RankDisagreementError: another rank of a distributed run would not drop the same branches.
         """
-        with self._lock:
+        with self._lock, self._undone_if_refused():
             mine = set(indices)
             pinned = self._pinned()
             dropped = frozenset(self._take(mine) if pinned is None else pinned & mine)
+            if check is not None:
+                check(dropped)
             self.forwards += min(mine, default=0) == self._first_index(mine)
             for index in mine:
                 branch = self.branches[index]
@@ -378,9 +400,12 @@ class Schedule:
     def _advance(self) -> None:
         """Let a new round move the schedule on, if forwards are what moves it."""
         if self._total_forwards is not None:
-            self.rates.progress = min(1.0, (self._rounds - 1) / max(1, self._total_forwards - 1))
-            if self.rates.schedule != "constant":
-                self.assign()
+            progress = min(1.0, (self._rounds - 1) / max(1, self._total_forwards - 1))
+            rates = dataclasses.replace(self.rates, progress=progress)
+            if rates.schedule == "constant":
+                self.rates = rates
+            else:
+                self._go_by(rates)
         elif self.rates.schedule != "constant" and not self._progress_told and self._rounds == _PROGRESS_EXPECTED_BY:
             warnings.warn(
                 f"The schedule {self.rates.schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
@@ -450,91 +475,145 @@ class Schedule:
             self._seed = torch.initial_seed()
         return self._seed
 
+    @contextlib.contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """A draw that raises leaves everything as if it had not begun, but for what ranks have agreed on."""
+        rounds, seed, agreed, rates, current = self._rounds, self._seed, self._agreed, self.rates, self._thread.round
+        settled = [branch.rate for branch in self.branches]
+        try:
+            yield
+        except BaseException:
+            self._rounds, self.rates, self._thread.round = rounds, rates, current
+            if self._agreed == agreed:
+                self._seed = seed
+            self._set_rates(settled)
+            raise
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that later draws depend on, in plain Python types."""
         with self._lock:
-            return {
-                "version": _STATE_VERSION,
-                "rate": self.rates.rate,
-                "progress": self.rates.progress,
-                "rates_by_hand": dict(self.rates.by_hand),
-                "sensitivity": None if self.sensitivity is None else dataclasses.asdict(self.sensitivity),
-                "running": self._running.state_dict(),
-                "reallocated": self._reallocated,
-                "granularity": self.granularity,
-                "seed": self._seed,
-                "rounds": self._rounds,
-                "forwards": self.forwards,
-                "branches": [dataclasses.asdict(branch) for branch in self.branches],
-            }
+            return SavedState(
+                rate=self.rates.rate,
+                progress=self.rates.progress,
+                schedule=self.rates.schedule,
+                rates_by_hand=self.rates.by_hand,
+                sensitivity=self.sensitivity,
+                running=self._running.averages(),
+                reallocated=self._reallocated,
+                granularity=self.granularity,
+                seed=self._seed,
+                rounds=self._rounds,
+                forwards=self.forwards,
+                branches=tuple(self.branches),
+            ).as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Go on where ``state`` was saved.
+        """Go on where ``state`` was saved; what came later is forgotten.
+
+        Branches that the state does not know, as they were met after it was saved, stay and count from 0.
 
         Raises:
-            ValueError: the state is of another version or granularity, or is of a model with other branches. Where
-                this backend has not met its model yet, the branches are compared as its graphs come in.
+            TypeError, ValueError: the state is none, of another granularity, saved with a function as the schedule that
+                this backend does not have, or of a model with other branches. Then nothing has changed. Where this
+                backend has not met its model yet, the branches are compared as its graphs come in.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"This is no state of a dropbp_fx backend of version {_STATE_VERSION}: its version is "
-                f"{state.get('version')!r}. Pass what state_dict() returned."
-            )
-        missing = sorted(set(self.state_dict()) - set(state))
-        if missing:
-            raise ValueError(
-                f"The state lacks {', '.join(map(repr, missing))}. Pass what state_dict() returned, whole."
-            )
-        if state["granularity"] != self.granularity:
-            raise ValueError(
-                f"The state was saved with granularity={state['granularity']!r}, this backend has "
-                f"granularity={self.granularity!r}. Make the backend with the granularity of the state."
-            )
-        names = [record["name"] for record in state["branches"]]
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be True or False, not {shown(strict)}.")
         with self._lock:
-            met = [branch.name for branch in self.branches]
-            if strict and met and names and met != names:
-                odd = sorted(set(met) ^ set(names))[:3] or ["their order"]
+            saved = SavedState.parsed(state, self.rates.schedule)
+            if saved.granularity != self.granularity:
                 raise ValueError(
-                    f"The state does not fit this model: it has {len(names)} branches, the model has {len(met)}; they "
-                    f"differ in {', '.join(odd)}. Load the state of the same model, or pass strict=False."
+                    f"The state was saved with granularity={saved.granularity!r}, this backend has "
+                    f"granularity={self.granularity!r}. Make the backend with the granularity of the state."
                 )
-            self.rates.rate = state["rate"]
-            self.rates.progress = state["progress"]
-            self.rates.by_hand.update(state["rates_by_hand"])
-            self._running.load_state_dict(state["running"])
-            self._reallocated = state["reallocated"]
-            measured = state["sensitivity"]
-            if measured is not None:
-                self.learn(
-                    Sensitivity(
-                        tuple(measured["names"]), tuple(measured["values"]), measured["metric"], measured["batches"]
-                    )
-                )
-            self._seed = state["seed"]
-            self._rounds = state["rounds"]
-            self.forwards = state["forwards"]
+            check_attainable(saved.rate, self.rates.allocation, self.rates.max_rate)
+            unmet = self._expected or set()
+            met = [branch for branch in self.branches if branch.name not in unmet]
+            if strict and met and saved.branches:
+                _check_same_branches(saved.branches, tuple(self.branches))
+            present = tuple(self.branches) if met else ()  # else the table is an earlier state's, and no graph's
+            branches = _going_on(present, unmet, saved.branches)
+            measured = saved.sensitivity
+            rates = dataclasses.replace(
+                self.rates,
+                rate=saved.rate,
+                progress=saved.progress,
+                schedule=saved.schedule,
+                by_hand=saved.rates_by_hand,
+                sensitivities={} if measured is None else dict(zip(measured.names, measured.values, strict=True)),
+            )
+            settled = rates.of(branches)
+
+            # Nothing below is refused.
+            self.rates = rates
+            self.sensitivity = measured
+            self._running.load(saved.running)
+            self._reallocated = saved.reallocated
+            self._seed = saved.seed
+            self._rounds = saved.rounds
+            self.forwards = saved.forwards
             self._epoch += 1
             self._agreed = False
-            if not met and names:
-                self._expected = set(names)
-                self._strict_state = strict
-            for record in state["branches"]:
-                branch = self.branches.meet(record["name"], record["layer"], rate=record["rate"])
-                for field in ("trainable", "droppable", "backward_flops", "times_seen", "times_dropped"):
-                    setattr(branch, field, record[field])
-                self._weighed.add(branch.index)
-            self.assign()
+            names = {branch.name for branch in present}
+            added = {branch.name for branch in saved.branches} - names
+            if added or self._expected is not None:
+                self._expected = (unmet & names) | added if saved.branches else None
+            self._strict_state = strict
+            self.branches.become(branches)
+            weighed = {branch.name: branch.backward_flops > 0 for branch in saved.branches}
+            self._weighed = {b.index for b in branches if weighed.get(b.name, b.index in self._weighed)}
+            self._set_rates(settled)
 
     def _check_state_is_complete(self) -> None:
-        """By the second forward after loading, every branch of the state should have turned up."""
-        if self._expected and self._strict_state and self._thread.round.epoch == self._epoch:
+        """By the second forward after loading, every branch of the state should have turned up.
+
+        Those of a state of another model take no part in draws until they do.
+        """
+        if not self._expected:
+            return
+        if not self._strict_state:
+            for name in self._expected:
+                branch = self.branches.named(name)
+                assert branch is not None
+                branch.trainable = branch.droppable = False
+            self.assign()
+        elif self._thread.round.epoch == self._epoch:
             missing = sorted(self._expected)
             raise ValueError(
                 f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such "
                 f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
                 "load_state_dict."
             )
+
+
+def _check_same_branches(saved: Sequence[Branch], met: Sequence[Branch]) -> None:
+    """Refuse a state of other branches, or of branches in other layers."""
+    ours, theirs = [(b.name, b.layer) for b in met], [(b.name, b.layer) for b in saved]
+    if ours != theirs:
+        odd = sorted({name for name, _ in set(ours) ^ set(theirs)})[:3] or ["their order"]
+        raise ValueError(
+            f"The state does not fit this model: it has {len(saved)} branches, the model has {len(met)}; they "
+            f"differ in {', '.join(odd)}. Load the state of the same model, or pass strict=False."
+        )
+
+
+def _going_on(present: Sequence[Branch], unmet: Collection[str], saved: Sequence[Branch]) -> list[Branch]:
+    """Copies of the ``present`` branches, which keep their places, as they were saved; then the others of the state.
+
+    Those that the state does not know count from 0. If they are ``unmet``, an earlier state brought them: no graph has them.
+    """
+    records = {branch.name: branch for branch in saved}
+    branches: list[Branch] = []
+    for branch in present:
+        record = records.pop(branch.name, None)
+        if record is not None:
+            branches.append(dataclasses.replace(record, index=branch.index, layer=branch.layer))
+        else:
+            branches.append(dataclasses.replace(branch, times_seen=0, times_dropped=0))
+            if branch.name in unmet:
+                branches[-1].trainable = branches[-1].droppable = False
+    branches += [dataclasses.replace(record, index=len(present) + k) for k, record in enumerate(records.values())]
+    return branches
 
 
 def units_of(branches: Iterable[Branch], granularity: Granularity) -> list[tuple[Unit, list[int]]]:

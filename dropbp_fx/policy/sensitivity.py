@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from tabulate import tabulate
 
+from dropbp_fx.policy.values import LARGEST_COUNT, as_int, shown
+
 Metric = Literal["gradnorm", "gradient"]
 
 
@@ -63,10 +65,15 @@ def check_calibration(step: Any, metric: Any, batches: Any) -> None:
         TypeError, ValueError: what is wrong, and what would do.
     """
     if not callable(step):
-        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {step!r}.")
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric must be one of {', '.join(map(repr, get_args(Metric)))}, not {metric!r}.")
-    if isinstance(batches, bool) or not isinstance(batches, int):
-        raise TypeError(f"batches must be a whole number, not {batches!r}.")
-    if batches < 1:
-        raise ValueError(f"batches must be at least 1, not {batches}: there is nothing to measure without a step.")
+        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {shown(step)}.")
+    if not isinstance(metric, str) or metric not in get_args(Metric):
+        raise ValueError(f"metric must be one of {', '.join(map(repr, get_args(Metric)))}, not {shown(metric)}.")
+    number = as_int(batches)
+    if number is None:
+        raise TypeError(f"batches must be a whole number, not {shown(batches)}.")
+    if number < 1:
+        raise ValueError(
+            f"batches must be at least 1, not {shown(batches)}: there is nothing to measure without a step."
+        )
+    if number > LARGEST_COUNT:
+        raise ValueError(f"batches must be less than 2**63, not {shown(batches)}.")

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from dropbp_fx import _torch
 from dropbp_fx.policy.sensitivity import Metric
+from dropbp_fx.policy.values import shown
 from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated, squared_norm
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.random_streams import RandomStreams, random_streams_kept
@@ -151,8 +152,12 @@ class Calibration:
 
     def backward(self, record: RegionRecord, tangents: Sequence[Tensor | None]) -> Gradients:
         """What a border does with the gradients that arrive at it."""
+        if self._graph is None or not self._passes:
+            raise RuntimeError(
+                "step() ran a backward itself, by loss.backward() or torch.autograd.grad(), but calibrate() runs the "
+                "backwards of a calibration. Return the loss from step() as the model computed it."
+            )
         graph, current = self._graph, self._passes[-1]
-        assert graph is not None
         if current.dropped in record.branches:
             gradients = self._dropping(record, record.branches.index(current.dropped), tangents, current.difference)
         else:
@@ -285,8 +290,9 @@ def calibrate(
         progress: show a bar, if tqdm is installed and there is a terminal.
 
     Raises:
-        TypeError: ``step`` returned something else than a scalar tensor.
+        TypeError: ``step`` returned something else than a real scalar tensor.
         ValueError: its loss requires no gradient, or no residual branch ran in it.
+        RuntimeError: ``step`` ran a backward itself.
     """
     with random_streams_kept(), _progress_bar(progress) as bar:
         for batch in range(batches):
@@ -310,8 +316,10 @@ def calibrate(
 
 def _check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
         raise TypeError(f"step() must return the loss, a tensor of one element, not {shape}.")
+    if not loss.is_floating_point():
+        raise TypeError(f"step() must return a loss of real numbers, not of {loss.dtype}.")
     if not loss.requires_grad:
         raise ValueError(
             "The loss that step() returned requires no gradient. Return it as the model computed it: not detached, and with "

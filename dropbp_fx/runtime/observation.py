@@ -159,12 +159,24 @@ class Observer:
 
     def estimate(self) -> Sensitivity | None:
         """The running estimate, with all that was observed up to now."""
-        for _, observation in self._pending:
-            branches, stem = observation.read()
-            if branches:  # none before its backward has run
-                self._schedule.observed(branches, stem)
+        self.settle()
         self._pending.clear()
         return self._schedule.running_estimate()
+
+    def settle(self) -> None:
+        """Add to the running estimate what was observed; forwards whose backward has yet to run stay pending."""
+        unfinished: list[tuple[int, Observation]] = []
+        for number, observation in self._pending:
+            branches, stem = observation.read()
+            if branches:
+                self._schedule.observed(branches, stem)
+            else:
+                unfinished.append((number, observation))
+        self._pending = unfinished
+
+    def forget(self) -> None:
+        """What was observed and not yet added is of a run that does not go on."""
+        self._pending.clear()
 
     def reallocate_if_due(self) -> None:
         """Re-allocate rates by the running estimate, once in as many forwards as the schedule wants."""

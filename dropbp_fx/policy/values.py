@@ -1,0 +1,75 @@
+"""What a user's values are: numbers of any kind, functions of the right arguments; and how a sentence shows them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_LONGEST_SHOWN = 120
+#: Counts are kept below what every format of a checkpoint holds exactly.
+LARGEST_COUNT = 2**63 - 1
+#: Seeds of more bits Python would at some point not print.
+SEED_BITS = 1000
+
+
+def as_float(value: Any) -> float | None:
+    """A real number as a float, infinite where floats end; ``None`` for what is none.
+
+    Numbers are Python's, fractions, and numpy's scalars and arrays without dimensions. ``True`` and ``False``, other
+    arrays and tensors are none.
+    """
+    if isinstance(value, bool):
+        return None
+    if not isinstance(value, numbers.Real):
+        value = _numpy_scalar(value)
+        if not isinstance(value, numbers.Real):
+            return None
+    try:
+        return float(value) + 0.0  # no negative zero
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+
+
+def as_int(value: Any) -> int | None:
+    """A whole number, Python's or numpy's, as an ``int``; ``None`` for what is none."""
+    if isinstance(value, bool):
+        return None
+    if not isinstance(value, numbers.Integral):
+        value = _numpy_scalar(value)
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def takes(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether ``function`` can be called with ``arguments``; ``True`` where it does not tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` as it fits into a sentence: on one line, not long, and without addresses."""
+    try:
+        text = repr(value)
+    except Exception:  # a repr of the user's own; and Python refuses to print very long integers
+        return f"an object of type {type(value).__name__}"
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(text.split()))
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+def _numpy_scalar(value: Any) -> Any:
+    """The scalar in a numpy array without dimensions; anything else as it is."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray) and value.ndim == 0:
+        return value[()]
+    return value
