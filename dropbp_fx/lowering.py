@@ -19,6 +19,7 @@ from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
+from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
@@ -55,6 +56,13 @@ class Lowering:
         """
         if self.config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
+        try:
+            gm, writes = take_writes_out(gm)
+        except UnsupportedWriteError as error:
+            if whole:
+                raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
+            self._report_unsupported(str(error))
+            return None
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
@@ -71,7 +79,7 @@ class Lowering:
         }
         branches = [search.branches[position] for position in droppable]
         gates = insert_gates(gm, branches, drop=self.config.drop, rescale=self.config.rescale)
-        program = split_into_regions(gm, branches, gates)
+        program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
         names = [met[position].name for position in droppable]
         variants = self._variants_of(program, names)
         if artifacts.wanted():
@@ -195,6 +203,15 @@ class Lowering:
             "No residual branch was found in this graph: there is no add x + h of two equally shaped activations where "
             "h is computed from x by a matrix product, convolution or attention. Nothing will be dropped in it. "
             "logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
+        )
+        if self.config.strict:
+            raise ValueError(message)
+        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+
+    def _report_unsupported(self, reason: str) -> None:
+        message = (
+            f"Nothing will be dropped in one of the model's graphs, because {reason}. Let the model write to a copy instead "
+            "(x = x.clone()), or leave it at that: the graph trains as under torch.compile without dropping."
         )
         if self.config.strict:
             raise ValueError(message)

@@ -22,6 +22,7 @@ from torch.fx.passes.split_module import split_module
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
+from dropbp_fx.graph.writes import COPY, InputWrites
 
 #: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
 #: branch that is kept, those of the residual stream as well.
@@ -64,6 +65,7 @@ class RegionProgram:
         scales: the inputs that scale the gradients of kept branches: branch, slot and device of each.
         constants: slots that hold a tensor the graph owns.
         outputs: for each graph output its slot, or a one-element list holding a constant.
+        writes: inputs that are written to; what they shall hold comes last in ``outputs``.
     """
 
     regions: tuple[Region, ...]
@@ -73,6 +75,7 @@ class RegionProgram:
     scales: tuple[tuple[int, int, torch.device], ...]
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
+    writes: InputWrites = InputWrites()
 
     @property
     def returned(self) -> frozenset[int]:
@@ -308,7 +311,9 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         if node.target not in _MODE_CHANGES and users and not crossable:
             forbid(at + 1, max(users))
         storage = storage_of(value)
-        if storage is not None:
+        if storage is not None and node.meta.get(COPY):
+            born[storage] = at
+        elif storage is not None:
             born.setdefault(storage, at)
         for target in mutated_by(node):
             mutated = storage_of(example_value(target))

@@ -20,6 +20,7 @@ from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
+from dropbp_fx.runtime.writeback import private_copy, write_back
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
 _PLANS_KEPT = 256
@@ -81,6 +82,7 @@ class RegionRunner:
         policies: Instances[Policy],
     ) -> None:
         self._program = graph.program
+        self._writes = graph.program.writes
         self._variants = graph.variants
         self._planner = graph.planner
         self._below = graph.below
@@ -98,6 +100,7 @@ class RegionRunner:
             return self._calibrate(calibration, policy, arguments)
         drawn, observation = self._drawn(policy)
         plan = self._plan(drawn.dropped, drawn.below)
+        written = [arguments[position] for position in self._writes.arguments]
         values = self._values(arguments, drawn.scales)
         del arguments
         if observation is None and not _torch.saved_tensor_hooks_are_set():
@@ -112,10 +115,13 @@ class RegionRunner:
                     _run_step(step, values)
                 else:
                     self._run_behind_border(step, policy, values, observation)
-        return self._outputs(values)
+        return self._outputs(values, written)
 
-    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
+        written = [arguments[position] for position in self._writes.arguments]
+        for value in written:
+            calibration.keep(value)
         values = self._values(arguments, ())
         del arguments
         for step in self._planner.plan((), repeatable=True):
@@ -124,7 +130,7 @@ class RegionRunner:
                 _run_step(step, values)
             else:
                 self._run_behind_border(step, policy, values, calibration)
-        return self._outputs(values)
+        return self._outputs(values, written)
 
     def _run_behind_border(
         self, step: Step, policy: Policy, values: list[Any], watcher: Calibration | Observation
@@ -140,6 +146,9 @@ class RegionRunner:
         values: list[Any] = [None] * self._program.slots
         for slot, value in zip(self._program.inputs, arguments, strict=True):
             values[slot] = value
+        for position in self._writes.arguments:
+            slot = self._program.inputs[position]
+            values[slot] = private_copy(values[slot])
         for slot, value in self._program.constants.items():
             values[slot] = value
         for branch, slot, device in self._program.scales:
@@ -150,8 +159,9 @@ class RegionRunner:
             values[slot] = known[1]
         return values
 
-    def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+    def _outputs(self, values: Sequence[Any], written: Sequence[Tensor]) -> tuple[Any, ...]:
+        outputs = tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+        return write_back(self._writes, written, outputs) if written else outputs
 
     def _drawn(self, policy: Policy) -> tuple[Drawn, Observation | None]:
         around = _torch.running_checkpoints()
