@@ -16,6 +16,7 @@ uses public APIs and the functions below.
 | ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
 | ``torch._dynamo`` code tracker, ``reset_code``, counters | an explanation leaves Dynamo's caches as they were |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._higher_order_ops.register_hook`` (2.13 and later) | hooks that a forward puts on its own tensors |
 | ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
@@ -823,6 +824,17 @@ def _checkpoint_call(pack: Any) -> CheckpointCall | None:
 def checkpoint_operator() -> Any:
     """The higher-order operator Dynamo puts around a layer under activation checkpointing."""
     return torch.ops.higher_order.tag_activation_checkpoint
+
+
+def register_hook_operator() -> Any:
+    """The higher-order operator Dynamo traces a forward's ``tensor.register_hook`` into, ``None`` in releases that break the
+    graph there instead.
+    """
+    try:
+        from torch._higher_order_ops.register_hook import register_hook_op
+    except ImportError:
+        return None
+    return register_hook_op
 
 
 def structured_trace_is_on() -> bool:

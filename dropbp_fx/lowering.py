@@ -16,6 +16,7 @@ from dropbp_fx.config import BackendConfig
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, find_branches, normalise_inplace_adds
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
+from dropbp_fx.graph.hooks import settle_hooks
 from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
@@ -63,6 +64,7 @@ class Lowering:
                 raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
             self._report_unsupported(str(error))
             return None
+        gm = settle_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:

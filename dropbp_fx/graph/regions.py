@@ -22,6 +22,7 @@ from torch.fx.passes.split_module import split_module
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
+from dropbp_fx.graph.hooks import hook_gradient
 from dropbp_fx.graph.writes import COPY, InputWrites
 
 #: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
@@ -292,7 +293,8 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
     """Where the graph may be cut: ``allowed[p]`` speaks of the border before ``order[p]``.
 
     Not where a value that is neither a tensor nor a symbol would have to cross, and not between the making of a tensor
-    and its mutation, which would turn a local in-place operation into the mutation of a region's input.
+    and its mutation, which would turn a local in-place operation into the mutation of a region's input. Not between the
+    making of a tensor and a hook on it, which is to see the whole of its gradient.
     """
     position = {node: index for index, node in enumerate(order)}
     forbidden = [0] * (len(order) + 1)
@@ -310,6 +312,8 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         crossable = isinstance(value, (torch.Tensor, torch.SymInt, int)) and not isinstance(value, bool)
         if node.target not in _MODE_CHANGES and users and not crossable:
             forbid(at + 1, max(users))
+        if node.target is hook_gradient and node.args[0] in position:
+            forbid(position[node.args[0]] + 1, at)
         storage = storage_of(value)
         if storage is not None and node.meta.get(COPY):
             born[storage] = at

@@ -163,15 +163,16 @@ class _Rewrite:
         """
         position = {node: k for k, node in enumerate(self._graph.nodes)}
         at = position[writer]
-        needed = [
+        views = [
             node
             for node in self._graph.nodes
-            if position[current] < position[node] <= at
-            and storage_of(example_value(node)) == self._storage
-            and any(position[user] >= at for user in node.users)
+            if position[current] < position[node] <= at and storage_of(example_value(node)) == self._storage
         ]
-        start = min((writer, *needed), key=lambda node: position[node])
-        start = _before_switch(start)
+        needed = {writer}
+        for node in reversed(views):
+            if any(position[user] >= at or user in needed for user in node.users):
+                needed.add(node)
+        start = _before_switch(min(needed, key=lambda node: position[node]))
         if current is not self._input and position[start] <= position[current] + 1:
             return None
         return start
