@@ -22,6 +22,7 @@ uses public APIs and the functions below.
 | ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
 | ``torch.utils._python_dispatch._disable_current_modes`` | a variant is compiled apart from the user's dispatch modes |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
+| ``torch.autograd.forward_ad._current_level`` | forward-mode AD is refused, cheaply, rather than left without a tangent |
 | ``torch._foreach_norm`` | the norms of many gradients, sharded ones among them, in one call and without communication |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 #: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -273,7 +275,7 @@ class FlatCode:
         tangents: outputs whose gradients the backward takes.
         tangent_like: what each of those gradients looks like: size, strides, type and device.
         graded: inputs that the backward returns a gradient for.
-        donates: whether the backward writes over what was saved, so that it can run once only.
+        donated: positions in what was saved of the tensors that the backward may write over.
         deterministic: whether deterministic algorithms were asked for when this was compiled.
     """
 
@@ -283,7 +285,7 @@ class FlatCode:
     tangents: tuple[int, ...] = ()
     tangent_like: tuple[TangentLike, ...] = ()
     graded: tuple[int, ...] = ()
-    donates: bool = False
+    donated: tuple[int, ...] = ()
     deterministic: bool = False
 
 
@@ -332,6 +334,11 @@ class _Capture:
         self._backward = code
         return code
 
+    def keep_saved_tensors(self) -> None:
+        """The compiled backward writes over nothing that was saved: AOTAutograd need not refuse to run it again."""
+        if self._metadata is not None:
+            self._metadata.bw_donated_idxs = []
+
     def _note_metadata(self) -> None:
         from torch._guards import TracingContext
 
@@ -366,7 +373,7 @@ class _Capture:
             tangents=tangents,
             tangent_like=tuple(like),
             graded=tuple(position for position, gets in enumerate(self._gradients) if gets),
-            donates=bool(meta.bw_donated_idxs),
+            donated=tuple(meta.bw_donated_idxs or ()),
             deterministic=bool(meta.deterministic),
         )
 
@@ -470,6 +477,8 @@ def compile_with_aot_autograd(
     )
     with _backward_compiled_at_once(joint_pass is not None):
         run = backend(gm, list(inputs))
+    if backward is run_graph_eagerly:
+        capture.keep_saved_tensors()
     return Compiled(run, capture.flat())
 
 
@@ -695,6 +704,16 @@ def keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def has_tangents(values: Iterable[Any]) -> bool:
+    """Whether forward-mode AD is to follow one of the values."""
+    return any(isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values)
+
+
+def forward_ad_is_on() -> bool:
+    """Whether this is within a level of forward-mode AD, where tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def saved_tensor_hooks_are_set() -> bool:
     """Whether tensors saved for the backward now go through somebody's hooks."""
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
@@ -865,6 +884,7 @@ _HOOKS = (
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
     ("torch", "_foreach_norm"),
+    ("torch.autograd.forward_ad", "_current_level"),
     ("torch.distributed.distributed_c10d", "_get_process_group_store"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dispatch.python", "enable_python_dispatcher"),

@@ -16,11 +16,12 @@ from dropbp_fx.graph.regions import Region, RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.chain import Chain, chained
+from dropbp_fx.runtime.copies import exact_copy
 from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
-from dropbp_fx.runtime.writeback import private_copy, write_back
+from dropbp_fx.runtime.writeback import write_back
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
 _PLANS_KEPT = 256
@@ -94,6 +95,11 @@ class RegionRunner:
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        if _torch.forward_ad_is_on() and _torch.has_tangents(arguments):
+            raise NotImplementedError(
+                "Forward-mode AD is not supported for a compiled model: compiled code computes no tangents, so those of its "
+                "inputs or parameters would be lost. Call the eager model, or use torch.func.jvp, which runs it eagerly."
+            )
         policy = self._policies.of(arguments)
         calibration = policy.calibration()
         if calibration is not None:
@@ -148,7 +154,7 @@ class RegionRunner:
             values[slot] = value
         for position in self._writes.arguments:
             slot = self._program.inputs[position]
-            values[slot] = private_copy(values[slot])
+            values[slot] = exact_copy(values[slot])
         for slot, value in self._program.constants.items():
             values[slot] = value
         for branch, slot, device in self._program.scales:

@@ -11,16 +11,6 @@ from torch import Tensor
 from dropbp_fx.graph.writes import InputWrites
 
 
-def private_copy(value: Tensor) -> Tensor:
-    """A copy for the graph to read, laid out like ``value``: the backward may need what that held before the write."""
-    copy = value.clone()
-    if copy.stride() == value.stride():
-        return copy
-    with torch.no_grad():
-        laid_out = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    return laid_out.copy_(value)
-
-
 def write_back(writes: InputWrites, written: Sequence[Tensor], outputs: Sequence[Any]) -> tuple[Any, ...]:
     """Write the last of ``outputs`` into the inputs; the outputs that the graph itself has.
 
