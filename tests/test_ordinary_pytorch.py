@@ -7,6 +7,7 @@ detached; with nothing dropped they are those of ``torch.compile(backend="aot_ea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dropbp_fx import NoResidualBranchWarning, dropbp_backend
 from tests.oracle import detached
@@ -26,9 +28,14 @@ class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.hook: Callable[[Tensor, Tensor], Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).tanh())
+        h = self.up(x).tanh()
+        if self.hook is not None and h.requires_grad:
+            hook = self.hook
+            h.register_hook(lambda g: hook(g, h.detach()))
+        return self.down(h)
 
 
 class Model(nn.Module):
@@ -107,12 +114,14 @@ def compare(
     leaf: bool = False,
     patterns: Sequence[Collection[int]] = PATTERNS,
     steps: Callable[..., Outcome] = step,
+    prepare: Callable[[Model], object] = lambda model: None,
     **options: Any,
 ) -> None:
     """Run ``program`` for several patterns against the oracle, and with nothing dropped against plain ``torch.compile``."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model(program)
+    prepare(model)
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def again(run: Callable[[Tensor], Any]) -> Outcome:
@@ -280,3 +289,207 @@ def test_a_forward_may_change_its_input_and_buffers_in_place(
     program: Callable[[Model, Tensor], Any], requires_grad: bool
 ) -> None:
     compare(program, requires_grad, plain=program is not learned_write)  # there plain saves what it then overwrites
+
+
+# ---- hooks on tensors ------------------------------------------------------------------------------------------------
+
+
+def hook_on_the_stream(m: Model, x: Tensor) -> Tensor:
+    for branch in m.branches:
+        x = x + branch(x)
+        if x.requires_grad:
+            x.register_hook(lambda g: g.clamp(-0.5, 0.5))
+    return x
+
+
+def hook_on_branches(m: Model, x: Tensor) -> Tensor:
+    for branch in m.branches:
+        h = branch(x) * 1
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-0.5, 0.5))
+        x = x + h
+    return x
+
+
+def hook_on_the_skip(m: Model, x: Tensor) -> Tensor:
+    x = x * m.scale
+    x.register_hook(lambda g: g * 2)
+    return stream(m, x)
+
+
+def hook_that_only_looks(m: Model, x: Tensor) -> Tensor:
+    x = stream(m, x)
+    x.register_hook(lambda g: None)
+    return x * 2
+
+
+def hook_twice(m: Model, x: Tensor) -> Tensor:
+    x = stream(m, x, 0, 2) * m.scale
+    x.register_hook(lambda g: g.clamp(-1, 1))
+    x.register_hook(lambda g: g * 3)
+    return stream(m, x, 2, 3)
+
+
+def hook_and_checkpoint(m: Model, x: Tensor) -> Tensor:
+    def block(x: Tensor, branch: nn.Module) -> Tensor:
+        y = x + branch(x)
+        y.register_hook(lambda g: g.clamp(-0.5, 0.5))
+        return y
+
+    x = x * m.scale
+    for branch in m.branches:
+        x = checkpoint(block, x, branch, use_reentrant=False)
+    return x
+
+
+HOOKS = [
+    *(hook_on_the_stream, hook_on_branches, hook_on_the_skip, hook_that_only_looks, hook_twice, hook_and_checkpoint),
+]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["data", "gradient"])
+@pytest.mark.parametrize("program", HOOKS, ids=lambda program: program.__name__)
+def test_a_forward_may_put_hooks_on_its_tensors(program: Callable[[Model, Tensor], Any], requires_grad: bool) -> None:
+    compare(program, requires_grad)
+
+
+INNER_HOOKS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+    "scales": lambda g, h: g * 0.5,
+    "is not linear": lambda g, h: g + 1.0,
+    "adds another value": lambda g, h: g + h,
+    "ignores its gradient": lambda g, h: h * 0.1,
+    "only looks": lambda g, h: None,
+}
+
+
+@pytest.mark.parametrize("hook", INNER_HOOKS.values(), ids=INNER_HOOKS.keys())
+def test_a_hook_inside_of_a_branch_runs_where_the_branch_is_kept(hook: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Autograd does not ask it in a dropped one, so it cannot make a gradient of nothing."""
+
+    def prepare(model: Model) -> None:
+        for branch in model.branches:
+            branch.hook = hook  # type: ignore[assignment]
+
+    compare(stream, False, prepare=prepare)
+
+
+# ---- other things that forwards and training steps do ----------------------------------------------------------------
+
+
+def no_gradient_part(m: Model, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(x @ m.branches[0].up.weight.t())  # type: ignore[union-attr, operator]
+    return stream(m, x) * gate.mean()
+
+
+def require_a_gradient(m: Model, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return stream(m, x)
+
+
+def require_of_the_input(m: Model, x: Tensor) -> Tensor:
+    x.requires_grad_()
+    return stream(m, x)
+
+
+def write_to_the_branch_after_the_add(m: Model, x: Tensor) -> Tensor:
+    for branch in m.branches:
+        h = branch(x) * 1
+        x = x + h
+        h.mul_(0.0)
+        x = x + h
+    return x
+
+
+def return_the_input(m: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    return stream(m, x), x
+
+
+def return_views(m: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = stream(m, x)
+    return y, y[0], x.view(-1)
+
+
+def return_the_middle(m: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a = stream(m, x, 0, 1)
+    b = stream(m, a, 1, 2)
+    return stream(m, b, 2, 3), a, b
+
+
+def under_autocast(m: Model, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return stream(m, x).float()
+
+
+def in_checkpoints(m: Model, x: Tensor) -> Tensor:
+    for branch in m.branches:
+        x = x + checkpoint(branch, x, use_reentrant=False)
+    return x
+
+
+def write_and_checkpoint(m: Model, x: Tensor) -> Tensor:
+    x.mul_(2.0)
+    return in_checkpoints(m, x)
+
+
+OTHERS = [
+    *(no_gradient_part, require_a_gradient, require_of_the_input, write_to_the_branch_after_the_add, return_the_input),
+    *(return_views, return_the_middle, under_autocast, in_checkpoints, write_and_checkpoint),
+]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["data", "gradient"])
+@pytest.mark.parametrize("program", OTHERS, ids=lambda program: program.__name__)
+def test_other_forwards(program: Callable[[Model, Tensor], Any], requires_grad: bool) -> None:
+    compare(program, requires_grad)
+
+
+def around(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Callable[..., Outcome]:
+    def steps(model: Model, run: Callable[[Tensor], Any], requires_grad: bool, *, leaf: bool = False) -> Outcome:
+        with context():
+            return step(model, run, requires_grad, leaf=leaf)
+
+    return steps
+
+
+def checkpointed_step(model: Model, run: Callable[[Tensor], Any], requires_grad: bool, *, leaf: bool = False) -> Outcome:
+    return step(model, lambda x: checkpoint(run, x, use_reentrant=False), requires_grad, leaf=leaf)
+
+
+def keeping_step(model: Model, run: Callable[[Tensor], Any], requires_grad: bool, *, leaf: bool = False) -> Outcome:
+    """Two losses of one graph, then one with ``inputs=``, then gradients that could be differentiated."""
+    torch.manual_seed(1)
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    model.zero_grad()
+    made = run(x * 1)
+    outputs = list(made) if isinstance(made, tuple) else [made]
+    made = outputs[0]
+    made[:, :4].square().sum().backward(retain_graph=True)
+    made[:, 4:].sum().backward(retain_graph=True)
+    made.sum().backward(retain_graph=True, inputs=[x, model.scale, model.branches[0].up.weight])  # type: ignore[union-attr]
+    parameters = [*model.parameters(), x]
+    found = torch.autograd.grad(made.pow(3).sum(), parameters, create_graph=True, allow_unused=True)
+    gradients: dict[str, Tensor | None] = {name: p.grad for name, p in model.named_parameters()}
+    gradients["input"] = x.grad
+    gradients |= {f"again {k}": None if g is None else g.detach() for k, g in enumerate(found)}
+    jacobian = torch.autograd.grad(
+        made, x, torch.eye(made.numel()).reshape(-1, *made.shape), is_grads_batched=True, retain_graph=True
+    )
+    gradients["jacobian"] = jacobian[0]
+    return Outcome([value.detach() for value in outputs], gradients, {}, [])
+
+
+STEPS: dict[str, Callable[..., Outcome]] = {
+    "save_on_cpu": around(torch.autograd.graph.save_on_cpu),
+    "anomaly mode": around(lambda: torch.autograd.detect_anomaly(check_nan=False)),
+    "autocast": around(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "eager checkpoint": checkpointed_step,
+    "kept graph": keeping_step,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("program", [stream, add_scalar, hook_on_the_stream], ids=lambda program: program.__name__)
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+def test_steps(steps: Callable[..., Outcome], program: Callable[[Model, Tensor], Any]) -> None:
+    compare(program, True, steps=steps)
