@@ -8,6 +8,7 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch.compiler._is_compiling_flag`` | other threads may call compiled functions while a variant is traced |
 | ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
 | ``torch._functorch.config.activation_memory_budget`` | the backend's parameter of that name |
@@ -56,8 +57,22 @@ def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
     from torch._guards import TracingContext, tracing
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), tracing(TracingContext(fake_mode)):
+    with _disable_current_modes(), tracing(TracingContext(fake_mode)), _known_to_compile():
         yield
+
+
+@contextlib.contextmanager
+def _known_to_compile() -> Iterator[None]:
+    """Say that this is a compilation, as Dynamo does during its own: another thread that calls a compiled function meanwhile
+    would be told that it must not be traced symbolically. Under :func:`compile_lock`, as Dynamo's are.
+    """
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager
@@ -878,6 +893,7 @@ _HOOKS = (
     ("torch._inductor.decomposition", "select_decomp_table"),
     ("torch._dynamo.backends.common", "aot_autograd"),
     ("torch._dynamo.convert_frame", "compile_lock"),
+    ("torch.compiler", "_is_compiling_flag"),
     ("torch._dynamo.convert_frame", "input_codes"),
     ("torch._dynamo.eval_frame", "reset_code"),
     ("torch._dynamo.guards", "install_guard"),

@@ -8,6 +8,7 @@ detached; with nothing dropped they are those of ``torch.compile(backend="aot_ea
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dropbp_fx import NoResidualBranchWarning, dropbp_backend
@@ -492,4 +494,168 @@ STEPS: dict[str, Callable[..., Outcome]] = {
 @pytest.mark.parametrize("program", [stream, add_scalar, hook_on_the_stream], ids=lambda program: program.__name__)
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
 def test_steps(steps: Callable[..., Outcome], program: Callable[[Model, Tensor], Any]) -> None:
+    if steps is checkpointed_step and program is add_scalar:
+        pytest.skip("a checkpoint changes the input twice, in eager too")
     compare(program, True, steps=steps)
+
+
+# ---- what cannot be taken apart --------------------------------------------------------------------------------------
+
+
+def transpose_in_place(m: Model, x: Tensor) -> Tensor:
+    x.t_()
+    return stream(m, x.t())
+
+
+def test_an_input_may_change_its_form() -> None:
+    """Dynamo breaks the graph there."""
+    model = Model(transpose_in_place)
+    run = torch.compile(model, backend=dropbp_backend(0.0, inner="aot_eager"))
+    torch.testing.assert_close(run(torch.ones(WIDTH, WIDTH)), model(torch.ones(WIDTH, WIDTH)))
+
+
+def test_a_view_of_an_input_with_gaps_leaves_the_graph_whole_or_is_refused() -> None:
+    whole = torch.ones(4, 2 * WIDTH)
+    model = Model(return_a_view)
+    reason = r"because it returns a view of an input that it writes to, .*\. Let the model write to a copy"
+    run = torch.compile(model, backend=dropbp_backend(0.5, inner="aot_eager"))
+    with pytest.warns(NoResidualBranchWarning, match=reason):
+        made, view = run(whole[:, 3 : 3 + WIDTH])
+    exact, _ = model(torch.ones(4, WIDTH))
+    torch.testing.assert_close(made, exact)
+    assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend=dropbp_backend(0.5, inner="aot_eager", strict=True))
+    with pytest.raises(Exception, match=reason):
+        strict(whole[:, 3 : 3 + WIDTH])
+
+
+def test_a_write_into_memory_that_inputs_share_leaves_the_graph_whole() -> None:
+    model = Model(stream)
+
+    def forward(x: Tensor, view: Tensor) -> Tensor:
+        x.add_(1.0)
+        return stream(model, x) + view.sum()
+
+    run = torch.compile(forward, backend=dropbp_backend(0.5, inner="aot_eager"))
+    results = []
+    for function in (forward, run):
+        x = torch.ones(4, WIDTH)
+        if function is run:
+            with pytest.warns(NoResidualBranchWarning, match=r"because it writes into memory that several of its inputs share"):
+                results.append(function(x, x[0]).detach())
+        else:
+            results.append(function(x, x[0]).detach())
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("program", [add_scalar, return_it], ids=lambda program: program.__name__)
+def test_an_input_with_gaps_between_its_rows_may_be_changed(program: Callable[[Model, Tensor], Any]) -> None:
+    model = Model(program)
+    backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    left = []
+    for function in (model, run):
+        whole = torch.ones(4, 2 * WIDTH)
+        made = function(whole[:, 3 : 3 + WIDTH])
+        left.append([value.detach().clone() for value in (whole, *(made if isinstance(made, tuple) else (made,)))])
+    for mine, theirs in zip(*left, strict=True):
+        torch.testing.assert_close(theirs, mine)
+
+
+def test_calibration_measures_what_a_step_would_and_leaves_a_changed_input_as_it_was() -> None:
+    def written(m: Model, x: Tensor) -> Tensor:
+        x.add_(1.0)
+        m.shift.mul_(0.5)
+        return stream(m, x + m.shift)
+
+    def copied(m: Model, x: Tensor) -> Tensor:
+        return stream(m, x + 1.0 + m.shift * 0.5)
+
+    found = []
+    for program in (written, copied):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = Model(program), torch.randn(4, WIDTH)
+        before = x.clone(), model.shift.clone()
+        backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
+        run = torch.compile(model, backend=backend)
+        for metric in ("gradnorm", "gradient"):
+            backend.calibrate(lambda run=run, x=x: run(x).square().sum(), metric=metric, progress=False)  # type: ignore[arg-type, misc]
+            assert backend.sensitivity is not None
+            found.append(backend.sensitivity.values)
+        assert torch.equal(x, before[0]) and torch.equal(model.shift, before[1])
+    assert found[:2] == [pytest.approx(values, rel=1e-4) for values in found[2:]]
+
+
+def test_blocks_that_change_a_copy_of_their_own_still_share_code() -> None:
+    def program(m: Model, x: Tensor) -> Tensor:
+        x.mul_(2.0)
+        for branch in m.branches:
+            x = x + branch(x)
+        return x
+
+    counts = []
+    for function in (program, stream):
+        torch._dynamo.reset()
+        backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
+        run = torch.compile(Model(function), backend=backend)
+        run(torch.randn(4, WIDTH)).sum().backward()
+        counts.append(backend.stats.unique_regions)
+    assert counts[0] <= counts[1] + 1, counts
+
+
+def test_forward_mode_differentiation_is_refused() -> None:
+    model = Model(stream)
+    run = torch.compile(model, backend=dropbp_backend(0.0, inner="aot_eager"))
+    x = torch.randn(4, WIDTH)
+    with forward_ad.dual_level():
+        run(x)  # nothing to follow
+        with pytest.raises(NotImplementedError, match=r"Forward-mode AD is not supported for a compiled model: .* Call the eager"):
+            run(forward_ad.make_dual(x, torch.ones_like(x)))
+    exact = torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(torch.func.jvp(run, (x,), (torch.ones_like(x),))[1], exact)
+
+
+def test_a_deep_copy_of_a_compiled_model_trains_its_own_parameters() -> None:
+    model = Model(add_scalar)
+    backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    run(torch.randn(4, WIDTH)).sum().backward()
+    model.zero_grad()
+    twin = copy.deepcopy(run)
+    with backend.pinned([1]):
+        actual = step(twin._orig_mod, twin, True)
+    with detached(model, ["branches.1"]):
+        expected = step(model, model, True)
+    model.zero_grad()
+    assert_alike(actual, expected, "copy")
+
+
+def test_module_hooks_around_a_compiled_model() -> None:
+    def measure(model: nn.Module, run: nn.Module) -> tuple[list[Any], list[Any]]:
+        seen: list[Any] = []
+        handles = [
+            run.register_forward_hook(lambda _m, _a, output: output * 2),
+            run.register_full_backward_hook(lambda _m, given, got: seen.append((given[0], got[0]))),
+        ]
+        torch.manual_seed(1)
+        x = torch.randn(4, WIDTH, requires_grad=True)
+        model.zero_grad()
+        run(x * 1).square().sum().backward()
+        for handle in handles:
+            handle.remove()
+        return [value for pair in seen for value in pair], [x.grad, *(p.grad for p in model.parameters())]
+
+    model = Model(stream)
+    backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    with backend.pinned([0, 2]):
+        actual = measure(model, run)
+    with detached(model, ["branches.0", "branches.2"]):
+        expected = measure(model, model)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert [value is None for value in mine] == [value is None for value in theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            if b is not None:
+                torch.testing.assert_close(a, b)

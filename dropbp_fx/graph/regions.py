@@ -114,10 +114,14 @@ def insert_gates(
         NotImplementedError: ``rescale`` for a branch inside nested activation checkpoints.
     """
     gates: list[frozenset[fx.Node]] = []
+    writes: dict[fx.Graph, list[fx.Node]] = {}
     for index, branch in enumerate(branches):
         if drop != "weights":
             edges = [*branch.outputs, *branch.escapes]
-            mine = {node: None for output, user in edges for node in _gate_edge(branch, output, user, index)}
+            if branch.graph not in writes:
+                writes[branch.graph] = [node for node in branch.graph.nodes if mutated_by(node)]
+            written = writes[branch.graph]
+            mine = {node: None for output, user in edges for node in _gate_edge(output, user, index, written)}
         else:
             mine = dict.fromkeys(_gate_weights(branch, index))
         if rescale:
@@ -147,13 +151,23 @@ def split_into_regions(
     return _read_program(split, members, stream_names)
 
 
-def _gate_edge(branch: ResidualBranch, node: fx.Node, user: fx.Node, label: int) -> list[fx.Node]:
+def _gate_edge(node: fx.Node, user: fx.Node, label: int, writes: Sequence[fx.Node]) -> list[fx.Node]:
     graph = node.graph
-    with graph.inserting_after(node):
+    with graph.inserting_after(_last_written(node, user, writes)):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
     return [gated]
+
+
+def _last_written(node: fx.Node, user: fx.Node, writes: Sequence[fx.Node]) -> fx.Node:
+    """What last wrote to the memory of ``node`` before ``user`` reads it: a gate copies what it finds there."""
+    storage, last = storage_of(example_value(node)), node
+    for write in writes:  # in execution order
+        targets = (storage_of(example_value(target)) for target in mutated_by(write))
+        if storage is not None and node < write < user and storage in targets:
+            last = write
+    return last
 
 
 def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
