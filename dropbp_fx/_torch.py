@@ -721,7 +721,9 @@ def keeps_graph() -> bool:
 
 def has_tangents(values: Iterable[Any]) -> bool:
     """Whether forward-mode AD is to follow one of the values."""
-    return any(isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values)
+    return any(
+        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )
 
 
 def forward_ad_is_on() -> bool:

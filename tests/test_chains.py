@@ -234,9 +234,7 @@ def test_a_backward_that_writes_over_what_was_saved_may_be_repeated() -> None:
     with torch._functorch.config.patch(donated_buffer=True):
         loss = loss_of(torch.compile(model, backend=backend))
         for keep in (True, True, False):
-            for mine, theirs in zip(
-                torch.autograd.grad(loss, parameters, retain_graph=keep), exact, strict=True
-            ):
+            for mine, theirs in zip(torch.autograd.grad(loss, parameters, retain_graph=keep), exact, strict=True):
                 torch.testing.assert_close(mine, theirs)
     assert wiped, "nothing was donated, so nothing is shown"
 

@@ -26,6 +26,11 @@ WIDTH = 8
 PATTERNS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (2,), (0, 2), (1, 2), (0, 1))
 
 
+def sweep(cases: Sequence[Any], quick: Collection[Any]) -> list[Any]:
+    """All ``cases``, those that are not among ``quick`` marked as thorough."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -285,8 +290,12 @@ WRITES = [
 ]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["data", "gradient"])
-@pytest.mark.parametrize("program", WRITES, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("requires_grad", sweep([False, True], [True]), ids=["data", "gradient"])
+@pytest.mark.parametrize(
+    "program",
+    sweep(WRITES, [add_scalar, keep_a_view, write_between, scale_a_buffer]),
+    ids=lambda program: program.__name__,
+)
 def test_a_forward_may_change_its_input_and_buffers_in_place(
     program: Callable[[Model, Tensor], Any], requires_grad: bool
 ) -> None:
@@ -349,8 +358,10 @@ HOOKS = [
 ]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["data", "gradient"])
-@pytest.mark.parametrize("program", HOOKS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("requires_grad", sweep([False, True], [True]), ids=["data", "gradient"])
+@pytest.mark.parametrize(
+    "program", sweep(HOOKS, [hook_on_the_stream, hook_on_branches]), ids=lambda program: program.__name__
+)
 def test_a_forward_may_put_hooks_on_its_tensors(program: Callable[[Model, Tensor], Any], requires_grad: bool) -> None:
     compare(program, requires_grad)
 
@@ -364,7 +375,9 @@ INNER_HOOKS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
 }
 
 
-@pytest.mark.parametrize("hook", INNER_HOOKS.values(), ids=INNER_HOOKS.keys())
+@pytest.mark.parametrize(
+    "hook", sweep([*INNER_HOOKS.values()], [INNER_HOOKS["adds another value"]]), ids=INNER_HOOKS.keys()
+)
 def test_a_hook_inside_of_a_branch_runs_where_the_branch_is_kept(hook: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Autograd does not ask it in a dropped one, so it cannot make a gradient of nothing."""
 
@@ -440,8 +453,10 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["data", "gradient"])
-@pytest.mark.parametrize("program", OTHERS, ids=lambda program: program.__name__)
+@pytest.mark.parametrize("requires_grad", sweep([False, True], [True]), ids=["data", "gradient"])
+@pytest.mark.parametrize(
+    "program", sweep(OTHERS, [write_to_the_branch_after_the_add, return_views]), ids=lambda program: program.__name__
+)
 def test_other_forwards(program: Callable[[Model, Tensor], Any], requires_grad: bool) -> None:
     compare(program, requires_grad)
 
@@ -454,7 +469,9 @@ def around(context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Cal
     return steps
 
 
-def checkpointed_step(model: Model, run: Callable[[Tensor], Any], requires_grad: bool, *, leaf: bool = False) -> Outcome:
+def checkpointed_step(
+    model: Model, run: Callable[[Tensor], Any], requires_grad: bool, *, leaf: bool = False
+) -> Outcome:
     return step(model, lambda x: checkpoint(run, x, use_reentrant=False), requires_grad, leaf=leaf)
 
 
@@ -491,8 +508,10 @@ STEPS: dict[str, Callable[..., Outcome]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-@pytest.mark.parametrize("program", [stream, add_scalar, hook_on_the_stream], ids=lambda program: program.__name__)
-@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS.keys())
+@pytest.mark.parametrize(
+    "program", sweep([stream, add_scalar, hook_on_the_stream], [stream]), ids=lambda program: program.__name__
+)
+@pytest.mark.parametrize("steps", sweep([*STEPS.values()], [keeping_step]), ids=STEPS.keys())
 def test_steps(steps: Callable[..., Outcome], program: Callable[[Model, Tensor], Any]) -> None:
     if steps is checkpointed_step and program is add_scalar:
         pytest.skip("a checkpoint changes the input twice, in eager too")
@@ -542,7 +561,7 @@ def test_a_write_into_memory_that_inputs_share_leaves_the_graph_whole() -> None:
     for function in (forward, run):
         x = torch.ones(4, WIDTH)
         if function is run:
-            with pytest.warns(NoResidualBranchWarning, match=r"because it writes into memory that several of its inputs share"):
+            with pytest.warns(NoResidualBranchWarning, match=r"into memory that several of its inputs share"):
                 results.append(function(x, x[0]).detach())
         else:
             results.append(function(x, x[0]).detach())
@@ -584,7 +603,8 @@ def test_calibration_measures_what_a_step_would_and_leaves_a_changed_input_as_it
             backend.calibrate(lambda run=run, x=x: run(x).square().sum(), metric=metric, progress=False)  # type: ignore[arg-type, misc]
             assert backend.sensitivity is not None
             found.append(backend.sensitivity.values)
-        assert torch.equal(x, before[0]) and torch.equal(model.shift, before[1])
+        assert torch.equal(x, before[0])
+        assert torch.equal(model.shift, before[1])
     assert found[:2] == [pytest.approx(values, rel=1e-4) for values in found[2:]]
 
 
@@ -611,7 +631,7 @@ def test_forward_mode_differentiation_is_refused() -> None:
     x = torch.randn(4, WIDTH)
     with forward_ad.dual_level():
         run(x)  # nothing to follow
-        with pytest.raises(NotImplementedError, match=r"Forward-mode AD is not supported for a compiled model: .* Call the eager"):
+        with pytest.raises(NotImplementedError, match=r"Forward-mode AD is not supported .* Call the eager"):
             run(forward_ad.make_dual(x, torch.ones_like(x)))
     exact = torch.func.jvp(model, (x,), (torch.ones_like(x),))[1]
     torch.testing.assert_close(torch.func.jvp(run, (x,), (torch.ones_like(x),))[1], exact)
@@ -632,30 +652,14 @@ def test_a_deep_copy_of_a_compiled_model_trains_its_own_parameters() -> None:
     assert_alike(actual, expected, "copy")
 
 
-def test_module_hooks_around_a_compiled_model() -> None:
-    def measure(model: nn.Module, run: nn.Module) -> tuple[list[Any], list[Any]]:
-        seen: list[Any] = []
-        handles = [
-            run.register_forward_hook(lambda _m, _a, output: output * 2),
-            run.register_full_backward_hook(lambda _m, given, got: seen.append((given[0], got[0]))),
-        ]
-        torch.manual_seed(1)
-        x = torch.randn(4, WIDTH, requires_grad=True)
-        model.zero_grad()
-        run(x * 1).square().sum().backward()
-        for handle in handles:
-            handle.remove()
-        return [value for pair in seen for value in pair], [x.grad, *(p.grad for p in model.parameters())]
-
+def test_forward_hooks_that_change_the_output_of_a_compiled_model() -> None:
     model = Model(stream)
     backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
     run = torch.compile(model, backend=backend)
-    with backend.pinned([0, 2]):
-        actual = measure(model, run)
-    with detached(model, ["branches.0", "branches.2"]):
-        expected = measure(model, model)
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert [value is None for value in mine] == [value is None for value in theirs]
-        for a, b in zip(mine, theirs, strict=True):
-            if b is not None:
-                torch.testing.assert_close(a, b)
+    outcomes = []
+    for function, context in ((run, backend.pinned([0, 2])), (model, detached(model, ["branches.0", "branches.2"]))):
+        handle = function.register_forward_hook(lambda _m, _a, output: output * 2)
+        with context:
+            outcomes.append(step(model, function, True))
+        handle.remove()
+    assert_alike(*outcomes, "hook")

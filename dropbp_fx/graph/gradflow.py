@@ -132,7 +132,9 @@ class GradientFlow:
                     hooked=is_hooked(grad_fn),
                 )
             )
-        nodes.extend(_AutogradNode(next=(), label=None, leaf=leaf, plain_add=False, hooked=False) for leaf in input_leaf)
+        nodes.extend(
+            _AutogradNode(next=(), label=None, leaf=leaf, plain_add=False, hooked=False) for leaf in input_leaf
+        )
         settled = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
         identity = frozenset(
             (j, k)

@@ -1,8 +1,8 @@
 """Hooks on tensors that a forward registers (``h.register_hook(f)``), as Dynamo traces them into a graph.
 
-Dynamo's own operator registers the hook while the joint graph is traced, so that what it does to the gradient becomes part
-of that graph. It takes for granted that the tensor requires a gradient. In a variant that drops the branch, or trains nothing
-before it, the tensor may not, and its hook then does not run, as in an eager model whose branch is detached.
+Dynamo's own operator registers the hook while the joint graph is traced, so that what it does to the gradient becomes
+part of that graph. It takes for granted that the tensor requires a gradient. In a variant that drops the branch, or trains
+nothing before it, the tensor may not, and its hook then does not run, as in an eager model whose branch is detached.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def hook_gradient(tensor: Tensor, hook: Callable[..., Tensor | None], *operands:
 
     tensor.register_hook(run)
     if tensor.grad_fn is not None:
-        tensor.grad_fn.metadata[_MARK] = True
+        metadata: Any = tensor.grad_fn.metadata
+        metadata[_MARK] = True
     return tensor
 
 

@@ -52,7 +52,9 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
             else:
                 node.replace_all_uses_with(gradient)
                 graph.erase_node(node)
-        elif node.target is HOOKED:  # no linear function: it may make something of nothing, where autograd would not ask it
+        elif (
+            node.target is HOOKED
+        ):  # no linear function: it may make something of nothing, where autograd would not ask it
             if _argument(node, 1) in zero:
                 zero.add(node)
             else:

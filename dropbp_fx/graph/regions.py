@@ -76,7 +76,7 @@ class RegionProgram:
     scales: tuple[tuple[int, int, torch.device], ...]
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
-    writes: InputWrites = InputWrites()
+    writes: InputWrites = dataclasses.field(default_factory=InputWrites)
 
     @property
     def returned(self) -> frozenset[int]:
@@ -326,8 +326,9 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         crossable = isinstance(value, (torch.Tensor, torch.SymInt, int)) and not isinstance(value, bool)
         if node.target not in _MODE_CHANGES and users and not crossable:
             forbid(at + 1, max(users))
-        if node.target is hook_gradient and node.args[0] in position:
-            forbid(position[node.args[0]] + 1, at)
+        hooked = node.args[0] if node.target is hook_gradient else None
+        if isinstance(hooked, fx.Node) and hooked in position:
+            forbid(position[hooked] + 1, at)
         storage = storage_of(value)
         if storage is not None and node.meta.get(COPY):
             born[storage] = at

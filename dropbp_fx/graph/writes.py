@@ -2,14 +2,14 @@
 
 Autograd follows such a write through the memory that two tensors share; regions that are compiled apart hand on values, not
 memory. So the graph writes into copies instead, hands out what the inputs shall hold in the end, and whoever runs it writes
-that back (:mod:`dropbp_fx.runtime.writeback`). A write that nobody in the graph reads afterwards and that carries no gradient,
-as running statistics are, stays where it is: the region that holds it does it in place.
+that back (:mod:`dropbp_fx.runtime.writeback`). A write that nobody in the graph reads afterwards and that carries no
+gradient, as running statistics are, stays where it is: the region that holds it does it in place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -64,8 +64,8 @@ def take_writes_out(gm: fx.GraphModule) -> tuple[fx.GraphModule, InputWrites]:
     """A graph that writes to copies of its inputs, and what is to be written back; ``gm`` itself where that is nothing.
 
     Raises:
-        UnsupportedWriteError: the write changes an input's form, or memory that several inputs share, or happens inside of an
-            activation checkpoint.
+        UnsupportedWriteError: the write changes an input's form, or memory that several inputs share, or happens inside of
+            an activation checkpoint.
     """
     found = _written_inputs(gm.graph)
     _refuse_writes_in_checkpoints(gm)
@@ -196,10 +196,7 @@ def _before_switch(node: fx.Node) -> fx.Node:
         if earlier is node:
             break
         if earlier.op == "call_function" and earlier.target is torch._C._set_grad_enabled:
-            if earlier.args[0]:
-                switch = None
-            else:
-                switch = switch or earlier
+            switch = None if earlier.args[0] else switch or earlier
     return switch or node
 
 
@@ -218,13 +215,14 @@ def _as_before_the_graph(node: fx.Node) -> torch.Tensor:
 def _returned_inputs(output: fx.Node, finals: list[fx.Node]) -> tuple[ReturnedInput, ...]:
     write_of = {storage_of(example_value(final)): k for k, final in enumerate(finals)}
     found: list[ReturnedInput] = []
-    for position, node in enumerate(output.args[0]):
+    values: Any = output.args[0]
+    for position, node in enumerate(values):
         value = example_value(node) if isinstance(node, fx.Node) else None
         write = write_of.get(storage_of(value)) if isinstance(value, torch.Tensor) else None
         if write is None:
             continue
         base = example_value(finals[write])
-        form, whole = _form(value), _form(base)
+        form, whole = _form(cast("torch.Tensor", value)), _form(base)
         if form == whole:
             found.append(ReturnedInput(position, write, None))
         elif form is None or whole is None or not _is_dense(base):
@@ -236,7 +234,7 @@ def _returned_inputs(output: fx.Node, finals: list[fx.Node]) -> tuple[ReturnedIn
 
 
 def _form(value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    form = tuple(value.size()), tuple(value.stride()), value.storage_offset()
+    form: Any = tuple(value.size()), tuple(value.stride()), value.storage_offset()
     return form if all(isinstance(n, int) for n in (*form[0], *form[1], form[2])) else None
 
 

@@ -1,9 +1,9 @@
 """Let a backward run under ``create_graph=True``, and refuse to differentiate what it gave.
 
-Compiled code has no second derivative. Gradients that it computed while a graph was asked for are right; the error comes from
-whoever differentiates them, as under plain ``torch.compile``. Autograd runs only what leads to where gradients are wanted, so
-the node that refuses has to lead to everything that the gradients depend on: it would be passed over, and zeros taken
-for the second derivative.
+Compiled code has no second derivative. Gradients that it computed while a graph was asked for are right; the error comes
+from whoever differentiates them, as under plain ``torch.compile``. Autograd runs only what leads to where gradients are
+wanted, so the node that refuses has to lead to everything that the gradients depend on: it would be passed over, and zeros
+taken for the second derivative.
 """
 
 from __future__ import annotations
