@@ -8,6 +8,7 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch._dynamo.convert_frame.register_bytecode_hook`` | notice an optimizer step that is compiled for each pattern |
 | ``torch.compiler._is_compiling_flag`` | other threads may call compiled functions while a variant is traced |
 | ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
@@ -94,6 +95,13 @@ def compile_lock() -> contextlib.AbstractContextManager[Any]:
     from torch._dynamo.convert_frame import compile_lock as lock
 
     return lock
+
+
+def on_compiled(look: Callable[[Any], None]) -> Any:
+    """Call ``look`` with each code object that Dynamo has compiled, until the handle's ``remove()``."""
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    return register_bytecode_hook(lambda code, _: look(code))
 
 
 def fake_mode_of(values: Iterable[Any]) -> Any:
@@ -897,6 +905,7 @@ _HOOKS = (
     ("torch._dynamo.convert_frame", "compile_lock"),
     ("torch.compiler", "_is_compiling_flag"),
     ("torch._dynamo.convert_frame", "input_codes"),
+    ("torch._dynamo.convert_frame", "register_bytecode_hook"),
     ("torch._dynamo.eval_frame", "reset_code"),
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),

@@ -27,6 +27,7 @@ from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
 from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import Policy, RegionRunner
 from dropbp_fx.runtime.instances import Anchors, Instances
+from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.state import BackendState, GraphPolicy
 
@@ -266,6 +267,8 @@ class Lowering:
         )
         runner = RegionRunner(graph, policies)
         self.state.runners.append(runner)
+        if self.state.step_watch is None:
+            self.state.step_watch = CompiledStepWatch(lambda: bool(schedule.realised_rate()))
         self.state.graphs.append(graph)
         if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
