@@ -8,6 +8,8 @@ uses public APIs and the functions below.
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
 | ``torch._dynamo.convert_frame.compile_lock`` | threads must not trace at the same time |
+| ``torch._dynamo.convert_frame.register_bytecode_hook`` | notice an optimizer step that is compiled for each pattern |
+| ``torch.compiler._is_compiling_flag`` | other threads may call compiled functions while a variant is traced |
 | ``torch._inductor.decomposition.select_decomp_table`` | predict what Inductor's variants save for the backward |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
 | ``torch._functorch.config.activation_memory_budget`` | the backend's parameter of that name |
@@ -16,11 +18,13 @@ uses public APIs and the functions below.
 | ``torch._subclasses`` fake tensor mode, fake copying | explain a model on a copy that has no data |
 | ``torch._dynamo`` code tracker, ``reset_code``, counters | an explanation leaves Dynamo's caches as they were |
 | ``torch._guards`` tracing context | compile regions apart from each other and after Dynamo has finished |
+| ``torch._higher_order_ops.register_hook`` (2.13 and later) | hooks that a forward puts on its own tensors |
 | ``torch._logging._internal.trace_structured`` | graphs show up in tlparse |
 | ``torch._C._current_graph_task_id`` | a forward inside a backward is a recomputation, not a new step |
 | ``torch.utils.checkpoint`` hooks and their frames | a recomputed forward is told which one it repeats |
 | ``torch.utils._python_dispatch._disable_current_modes`` | a variant is compiled apart from the user's dispatch modes |
 | ``torch._C._autograd._get_current_graph_task_keep_graph`` | an observed step keeps its regions' graphs if it must |
+| ``torch.autograd.forward_ad._current_level`` | forward-mode AD is refused, cheaply, rather than left without a tangent |
 | ``torch._foreach_norm`` | the norms of many gradients, sharded ones among them, in one call and without communication |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
 """
@@ -37,6 +41,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 #: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -53,8 +58,22 @@ def fresh_tracing_context(fake_mode: Any) -> Iterator[None]:
     from torch._guards import TracingContext, tracing
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), tracing(TracingContext(fake_mode)):
+    with _disable_current_modes(), tracing(TracingContext(fake_mode)), _known_to_compile():
         yield
+
+
+@contextlib.contextmanager
+def _known_to_compile() -> Iterator[None]:
+    """Say that this is a compilation, as Dynamo does during its own: another thread that calls a compiled function meanwhile
+    would be told that it must not be traced symbolically. Under :func:`compile_lock`, as Dynamo's are.
+    """
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager
@@ -76,6 +95,13 @@ def compile_lock() -> contextlib.AbstractContextManager[Any]:
     from torch._dynamo.convert_frame import compile_lock as lock
 
     return lock
+
+
+def on_compiled(look: Callable[[Any], None]) -> Any:
+    """Call ``look`` with each code object that Dynamo has compiled, until the handle's ``remove()``."""
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    return register_bytecode_hook(lambda code, _: look(code))
 
 
 def fake_mode_of(values: Iterable[Any]) -> Any:
@@ -272,7 +298,7 @@ class FlatCode:
         tangents: outputs whose gradients the backward takes.
         tangent_like: what each of those gradients looks like: size, strides, type and device.
         graded: inputs that the backward returns a gradient for.
-        donates: whether the backward writes over what was saved, so that it can run once only.
+        donated: positions in what was saved of the tensors that the backward may write over.
         deterministic: whether deterministic algorithms were asked for when this was compiled.
     """
 
@@ -282,7 +308,7 @@ class FlatCode:
     tangents: tuple[int, ...] = ()
     tangent_like: tuple[TangentLike, ...] = ()
     graded: tuple[int, ...] = ()
-    donates: bool = False
+    donated: tuple[int, ...] = ()
     deterministic: bool = False
 
 
@@ -331,6 +357,11 @@ class _Capture:
         self._backward = code
         return code
 
+    def keep_saved_tensors(self) -> None:
+        """The compiled backward writes over nothing that was saved: AOTAutograd need not refuse to run it again."""
+        if self._metadata is not None:
+            self._metadata.bw_donated_idxs = []
+
     def _note_metadata(self) -> None:
         from torch._guards import TracingContext
 
@@ -365,7 +396,7 @@ class _Capture:
             tangents=tangents,
             tangent_like=tuple(like),
             graded=tuple(position for position, gets in enumerate(self._gradients) if gets),
-            donates=bool(meta.bw_donated_idxs),
+            donated=tuple(meta.bw_donated_idxs or ()),
             deterministic=bool(meta.deterministic),
         )
 
@@ -469,6 +500,8 @@ def compile_with_aot_autograd(
     )
     with _backward_compiled_at_once(joint_pass is not None):
         run = backend(gm, list(inputs))
+    if backward is run_graph_eagerly:
+        capture.keep_saved_tensors()
     return Compiled(run, capture.flat())
 
 
@@ -694,6 +727,18 @@ def keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def has_tangents(values: Iterable[Any]) -> bool:
+    """Whether forward-mode AD is to follow one of the values."""
+    return any(
+        isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values
+    )
+
+
+def forward_ad_is_on() -> bool:
+    """Whether this is within a level of forward-mode AD, where tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
 def saved_tensor_hooks_are_set() -> bool:
     """Whether tensors saved for the backward now go through somebody's hooks."""
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
@@ -825,6 +870,17 @@ def checkpoint_operator() -> Any:
     return torch.ops.higher_order.tag_activation_checkpoint
 
 
+def register_hook_operator() -> Any:
+    """The higher-order operator Dynamo traces a forward's ``tensor.register_hook`` into, ``None`` in releases that break the
+    graph there instead.
+    """
+    try:
+        from torch._higher_order_ops.register_hook import register_hook_op
+    except ImportError:
+        return None
+    return register_hook_op
+
+
 def structured_trace_is_on() -> bool:
     """Whether somebody reads PyTorch's structured trace: ``TORCH_TRACE`` is set, or a handler was added."""
     from torch._logging import _internal
@@ -847,12 +903,15 @@ _HOOKS = (
     ("torch._inductor.decomposition", "select_decomp_table"),
     ("torch._dynamo.backends.common", "aot_autograd"),
     ("torch._dynamo.convert_frame", "compile_lock"),
+    ("torch.compiler", "_is_compiling_flag"),
     ("torch._dynamo.convert_frame", "input_codes"),
+    ("torch._dynamo.convert_frame", "register_bytecode_hook"),
     ("torch._dynamo.eval_frame", "reset_code"),
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
     ("torch", "_foreach_norm"),
+    ("torch.autograd.forward_ad", "_current_level"),
     ("torch.distributed.distributed_c10d", "_get_process_group_store"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
     ("torch._dispatch.python", "enable_python_dispatcher"),

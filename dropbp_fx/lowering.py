@@ -16,15 +16,18 @@ from dropbp_fx.config import BackendConfig
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, find_branches, normalise_inplace_adds
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
+from dropbp_fx.graph.hooks import settle_hooks
 from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
+from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
 from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import Policy, RegionRunner
 from dropbp_fx.runtime.instances import Anchors, Instances
+from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.state import BackendState, GraphPolicy
 
@@ -55,6 +58,14 @@ class Lowering:
         """
         if self.config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
+        try:
+            gm, writes = take_writes_out(gm)
+        except UnsupportedWriteError as error:
+            if whole:
+                raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
+            self._report_unsupported(str(error))
+            return None
+        gm = settle_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
@@ -71,7 +82,7 @@ class Lowering:
         }
         branches = [search.branches[position] for position in droppable]
         gates = insert_gates(gm, branches, drop=self.config.drop, rescale=self.config.rescale)
-        program = split_into_regions(gm, branches, gates)
+        program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
         names = [met[position].name for position in droppable]
         variants = self._variants_of(program, names)
         if artifacts.wanted():
@@ -200,6 +211,15 @@ class Lowering:
             raise ValueError(message)
         warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
 
+    def _report_unsupported(self, reason: str) -> None:
+        message = (
+            f"Nothing will be dropped in one of the model's graphs, because {reason}. Let the model write to a copy instead "
+            "(x = x.clone()), or leave it at that: the graph trains as under torch.compile without dropping."
+        )
+        if self.config.strict:
+            raise ValueError(message)
+        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+
     def _show(
         self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
     ) -> None:
@@ -247,6 +267,8 @@ class Lowering:
         )
         runner = RegionRunner(graph, policies)
         self.state.runners.append(runner)
+        if self.state.step_watch is None:
+            self.state.step_watch = CompiledStepWatch(lambda: bool(schedule.realised_rate()))
         self.state.graphs.append(graph)
         if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols

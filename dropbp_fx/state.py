@@ -17,6 +17,7 @@ from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.compiler import CompileCounts
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.observation import Observation, Observer
+from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
 
@@ -36,6 +37,7 @@ class BackendState:
     calibration: Calibration | None = None
     calibrating_thread: int = 0
     warned_of_sharing: bool = False
+    step_watch: CompiledStepWatch | None = None
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:

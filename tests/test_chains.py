@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import boxed_nop
 
 from dropbp_fx import _torch, dropbp_backend
 from dropbp_fx.runtime import chain
@@ -173,11 +174,26 @@ def test_code_compiled_under_autocast_runs_under_autocast() -> None:
     assert_exact(model, run, backend, mixed, POINTS, rtol=2e-2, atol=1e-1)
 
 
-def test_second_derivatives_are_refused() -> None:
-    backend = dropbp_backend(inner="aot_eager")
-    loss = loss_of(torch.compile(Residual(), backend=backend))
+def test_first_derivatives_with_a_graph_are_right_and_second_ones_are_refused() -> None:
+    model = Residual()
+    backend = dropbp_backend(rate=0.0, inner="aot_eager")
+    loss = loss_of(torch.compile(model, backend=backend))
+    parameters = list(model.parameters())
+    once = torch.autograd.grad(loss, parameters, create_graph=True)
+    for first, exact in zip(once, torch.autograd.grad(loss_of(model), parameters), strict=True):
+        torch.testing.assert_close(first.detach(), exact)
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: .* with the eager model\."):
-        loss.backward(create_graph=True)
+        once[0].square().sum().backward()
+
+
+def test_a_second_derivative_is_refused_and_not_zero_whatever_it_is_taken_by() -> None:
+    backend = dropbp_backend(rate=0.0, inner="aot_eager")
+    model = Residual()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    run = torch.compile(model, backend=backend)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice"):
+        torch.autograd.functional.hvp(lambda x: run(x * 1).square().sum(), batch(), batch())
 
 
 def test_switching_determinism_on_between_forward_and_backward_is_refused() -> None:
@@ -191,12 +207,36 @@ def test_switching_determinism_on_between_forward_and_backward_is_refused() -> N
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_backward_that_writes_over_what_was_saved_cannot_be_repeated() -> None:
-    backend = dropbp_backend(rate=0.0, inner="aot_eager")
+def test_a_backward_that_writes_over_what_was_saved_may_be_repeated() -> None:
+    """It then gets copies of what it may write over, as long as the graph is kept."""
+    wiped: list[int] = []
+
+    def wiping(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        context = torch._guards.TracingContext.get()
+        donated = list(context.fw_metadata.bw_donated_idxs)  # type: ignore[union-attr, arg-type]
+        run = boxed_nop(gm, list(inputs))
+
+        def call(arguments: list[Any]) -> Any:
+            mine = [arguments[position] for position in donated]
+            made = run(arguments)
+            for tensor in mine:
+                tensor.fill_(float("nan"))
+            wiped.extend(donated)
+            return made
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    model = Residual()
+    parameters = list(model.parameters())
+    exact = torch.autograd.grad(loss_of(model), parameters)
+    backend = dropbp_backend(rate=0.0, inner=(boxed_nop, wiping))
     with torch._functorch.config.patch(donated_buffer=True):
-        loss = loss_of(torch.compile(Residual(), backend=backend))
-        with pytest.raises(RuntimeError, match=r"cannot be run with retain_graph=True\. Set torch\._functorch\.config"):
-            loss.backward(retain_graph=True)
+        loss = loss_of(torch.compile(model, backend=backend))
+        for keep in (True, True, False):
+            for mine, theirs in zip(torch.autograd.grad(loss, parameters, retain_graph=keep), exact, strict=True):
+                torch.testing.assert_close(mine, theirs)
+    assert wiped, "nothing was donated, so nothing is shown"
 
 
 def test_a_backward_may_be_repeated_where_nothing_is_written_over() -> None:

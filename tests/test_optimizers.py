@@ -280,3 +280,30 @@ def test_full_fine_tuning_of_a_llama() -> None:
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
     torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_step_that_is_compiled_for_each_pattern_is_warned_of_once() -> None:
+    model = nn.Sequential(*(Residue() for _ in range(6)))
+    backend = dropbp_backend(rate=0.5, seed=0, inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
+    step = torch.compile(optimizer.step, backend="eager")
+
+    def train() -> None:
+        for _ in range(8):
+            run(torch.randn(4, 8)).square().sum().backward()
+            step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"compiled anew for each pattern .* fused=True") as caught:
+        train()
+    assert sum("compiled anew" in str(warning.message) for warning in caught) == 1
+
+
+class Residue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).tanh()

@@ -825,7 +825,8 @@ def mutated_by(node: fx.Node) -> list[fx.Node]:
         ]
     if inplace and node.args:
         written.append(node.args[0])
-    return [item for item in written if isinstance(item, fx.Node)]
+    flat = [part for item in written for part in (item if isinstance(item, (list, tuple)) else (item,))]
+    return [item for item in flat if isinstance(item, fx.Node)]
 
 
 @functools.cache

@@ -81,6 +81,20 @@ scale_gradient.register_autograd(_backward_scaled, setup_context=_remember_scale
 
 SCALE_GRADIENT = torch.ops.dropbp_fx.scale_gradient.default
 
+
+@torch.library.custom_op("dropbp_fx::hooked", mutates_args=())
+def hooked(changed: Tensor, grad: Tensor) -> Tensor:
+    """Return ``changed``, what a tensor's hook made of its gradient ``grad``: where that is zero, the hook does not run."""
+    return changed.clone()
+
+
+@hooked.register_fake
+def _hooked_fake(changed: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_strided(changed.size(), changed.stride(), dtype=changed.dtype, device=changed.device)
+
+
+HOOKED = torch.ops.dropbp_fx.hooked.default
+
 #: Operators whose value is their first argument; none is left in a compiled variant's forward.
 IDENTITIES = frozenset({GATE, SCALE_GRADIENT})
 

@@ -16,16 +16,20 @@ import torch
 from torch import fx
 
 from dropbp_fx.graph.gate import drops, gate_label_of
+from dropbp_fx.graph.hooks import is_hooked
 
 
 @dataclasses.dataclass(frozen=True)
 class _AutogradNode:
-    """One autograd node: the gate it is, the input it accumulates into, whether it hands its gradient on unchanged."""
+    """One autograd node: the gate it is, the input it accumulates into, whether it hands its gradient on unchanged and
+    whether a hook of the model's changes that gradient first.
+    """
 
     next: tuple[int, ...]
     label: int | None
     leaf: int | None
     plain_add: bool
+    hooked: bool
 
 
 class GradientFlow:
@@ -75,7 +79,7 @@ class GradientFlow:
             if node.leaf is not None:
                 return node.leaf if (output, node.leaf) in self._identity else None
             kept = [following for following in node.next if self._leaves_below(following, dropped)]
-            if not (node.plain_add or node.label is not None) or len(kept) != 1:
+            if node.hooked or not (node.plain_add or node.label is not None) or len(kept) != 1:
                 return None
             (current,) = kept
         return None
@@ -136,9 +140,12 @@ class GradientFlow:
                     label=gate_label_of(grad_fn),
                     leaf=None if variable is None else leaves.get(id(variable)),
                     plain_add=grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1,
+                    hooked=is_hooked(grad_fn),
                 )
             )
-        nodes.extend(_AutogradNode(next=(), label=None, leaf=leaf, plain_add=False) for leaf in input_leaf)
+        nodes.extend(
+            _AutogradNode(next=(), label=None, leaf=leaf, plain_add=False, hooked=False) for leaf in input_leaf
+        )
         settled = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
         identity = frozenset(
             (j, k)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropbp_fx.graph.gate import GATE_BACKWARD, IDENTITIES, drops
+from dropbp_fx.graph.gate import GATE_BACKWARD, HOOKED, IDENTITIES, drops
 
 _ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, operator.add})
 _TANGENT_PREFIX = "tangents_"
@@ -36,7 +36,7 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
     Returns:
         The number of nodes removed, gates not counted.
     """
-    before = [node for node in graph.nodes if node.target is not GATE_BACKWARD and node.target not in IDENTITIES]
+    before = [node for node in graph.nodes if node.target not in (GATE_BACKWARD, HOOKED, *IDENTITIES)]
     carriers = gradient_carriers(graph)
     zero: set[fx.Node] = set()
     for node in list(graph.nodes):
@@ -51,6 +51,14 @@ def prune_joint_graph(graph: fx.Graph, dropped: Collection[int]) -> int:
                 zero.add(node)
             else:
                 node.replace_all_uses_with(gradient)
+                graph.erase_node(node)
+        elif (
+            node.target is HOOKED
+        ):  # no linear function: it may make something of nothing, where autograd would not ask it
+            if _argument(node, 1) in zero:
+                zero.add(node)
+            else:
+                node.replace_all_uses_with(_argument(node, 0))
                 graph.erase_node(node)
         elif node in carriers:
             _propagate(graph, node, carriers, zero)

@@ -22,6 +22,8 @@ from torch.fx.passes.split_module import split_module
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
+from dropbp_fx.graph.hooks import hook_gradient
+from dropbp_fx.graph.writes import COPY, InputWrites
 
 #: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
 #: branch that is kept, those of the residual stream as well.
@@ -64,6 +66,7 @@ class RegionProgram:
         scales: the inputs that scale the gradients of kept branches: branch, slot and device of each.
         constants: slots that hold a tensor the graph owns.
         outputs: for each graph output its slot, or a one-element list holding a constant.
+        writes: inputs that are written to; what they shall hold comes last in ``outputs``.
     """
 
     regions: tuple[Region, ...]
@@ -73,6 +76,7 @@ class RegionProgram:
     scales: tuple[tuple[int, int, torch.device], ...]
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
+    writes: InputWrites = dataclasses.field(default_factory=InputWrites)
 
     @property
     def returned(self) -> frozenset[int]:
@@ -110,16 +114,20 @@ def insert_gates(
         NotImplementedError: ``rescale`` for a branch inside nested activation checkpoints.
     """
     gates: list[frozenset[fx.Node]] = []
+    writes: dict[fx.Graph, list[fx.Node]] = {}
     for index, branch in enumerate(branches):
         if drop != "weights":
-            mine = {_gate_edge(output, user, index): None for output, user in branch.outputs}
+            if branch.graph not in writes:
+                writes[branch.graph] = [node for node in branch.graph.nodes if mutated_by(node)]
+            written = writes[branch.graph]
+            mine = {_gate_edge(output, user, index, written): None for output, user in branch.outputs}
         else:
             mine = dict.fromkeys(_gate_weights(branch, index))
         if rescale:
             scale = _scale_input(gm, branch, index)
             mine.update(dict.fromkeys([_scale_gate(gate, scale) for gate in mine]))
         if drop != "weights":
-            mine.update({_gate_edge(value, user, ~index): None for value, user in branch.escapes})
+            mine.update({_gate_edge(value, user, ~index, writes[branch.graph]): None for value, user in branch.escapes})
         gates.append(frozenset(mine))
     return tuple(gates)
 
@@ -144,13 +152,23 @@ def split_into_regions(
     return _read_program(split, members, stream_names)
 
 
-def _gate_edge(node: fx.Node, user: fx.Node, label: int) -> fx.Node:
+def _gate_edge(node: fx.Node, user: fx.Node, label: int, writes: Sequence[fx.Node]) -> fx.Node:
     graph = node.graph
-    with graph.inserting_after(node):
+    with graph.inserting_after(_last_written(node, user, writes)):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
     return gated
+
+
+def _last_written(node: fx.Node, user: fx.Node, writes: Sequence[fx.Node]) -> fx.Node:
+    """What last wrote to the memory of ``node`` before ``user`` reads it: a gate copies what it finds there."""
+    storage, last = storage_of(example_value(node)), node
+    for write in writes:  # in execution order
+        targets = (storage_of(example_value(target)) for target in mutated_by(write))
+        if storage is not None and node < write < user and storage in targets:
+            last = write
+    return last
 
 
 def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
@@ -290,7 +308,8 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
     """Where the graph may be cut: ``allowed[p]`` speaks of the border before ``order[p]``.
 
     Not where a value that is neither a tensor nor a symbol would have to cross, and not between the making of a tensor
-    and its mutation, which would turn a local in-place operation into the mutation of a region's input.
+    and its mutation, which would turn a local in-place operation into the mutation of a region's input. Not between the
+    making of a tensor and a hook on it, which is to see the whole of its gradient.
     """
     position = {node: index for index, node in enumerate(order)}
     forbidden = [0] * (len(order) + 1)
@@ -308,8 +327,13 @@ def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
         crossable = isinstance(value, (torch.Tensor, torch.SymInt, int)) and not isinstance(value, bool)
         if node.target not in _MODE_CHANGES and users and not crossable:
             forbid(at + 1, max(users))
+        hooked = node.args[0] if node.target is hook_gradient else None
+        if isinstance(hooked, fx.Node) and hooked in position:
+            forbid(position[hooked] + 1, at)
         storage = storage_of(value)
-        if storage is not None:
+        if storage is not None and node.meta.get(COPY):
+            born[storage] = at
+        elif storage is not None:
             born.setdefault(storage, at)
         for target in mutated_by(node):
             mutated = storage_of(example_value(target))

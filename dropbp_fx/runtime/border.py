@@ -17,6 +17,7 @@ from torch import Tensor
 from dropbp_fx import _torch
 from dropbp_fx.graph.gradflow import GradientFlow
 from dropbp_fx.runtime.plan import Step
+from dropbp_fx.runtime.second_order import refusing_second_derivatives, way_to
 from dropbp_fx.runtime.variants import RegionVariants
 
 Gradients = list[Tensor | None]
@@ -148,7 +149,12 @@ def run_isolated(
     )
     if graded:
         carried = _Border.apply(
-            record, driver, [outputs[j] for j in graded], driver.anchor, *(outside[k] for k in wanted)
+            record,
+            driver,
+            [outputs[j] for j in graded],
+            [way_to([outside[k] for k in wanted])],
+            driver.anchor,
+            *(outside[k] for k in wanted),
         )
         for j, value in zip(graded, carried, strict=True):
             outputs[j] = value
@@ -177,12 +183,23 @@ def _grad(pairs: Sequence[tuple[Any, Tensor]], inputs: Sequence[Tensor], retain:
 
 class _Border(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, record: RegionRecord, driver: Driver, outputs: list[Tensor], *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        record: RegionRecord,
+        driver: Driver,
+        outputs: list[Tensor],
+        way: list[Tensor | None],
+        *inputs: Tensor,
+    ) -> Any:
         ctx.set_materialize_grads(False)
+        ctx.way = way[0]
         ctx.dropbp_record = record
         ctx.driver = driver
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
-        return (None, None, None, None, *ctx.driver.backward(ctx.dropbp_record, tangents))
+        found = ctx.driver.backward(ctx.dropbp_record, tangents)
+        if torch.is_grad_enabled():
+            found = refusing_second_derivatives(found, ctx, ctx.way, tangents)
+        return (None, None, None, None, None, *found)

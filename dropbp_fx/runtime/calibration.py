@@ -80,7 +80,11 @@ class Calibration:
         for k in variants.flow.mutated:
             original = values[step.inputs[k]]
             if isinstance(original, Tensor) and not original.requires_grad:
-                self._written.setdefault(id(original), (original, original.detach().clone()))
+                self.keep(original)
+
+    def keep(self, original: Tensor) -> None:
+        """Remember what a tensor holds, to be put back by :meth:`restore`."""
+        self._written.setdefault(id(original), (original, original.detach().clone()))
 
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
         """Run a training step's region behind a border."""

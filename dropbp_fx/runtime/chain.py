@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
+from dropbp_fx.runtime.copies import exact_copy
 from dropbp_fx.runtime.plan import Step
+from dropbp_fx.runtime.second_order import refusing_second_derivatives, way_to
 from dropbp_fx.runtime.undefined import UndefinedGradients
 
 #: Bytes of gradients that a chain may hold back.
@@ -42,6 +44,7 @@ class _Link:
         undefined: tells which gradients exist where some of those do not, ``None`` where all of them always do.
         graded: for each gradient that the backward returns the slot it belongs to, ``None`` where there is none.
         passed: pairs (output slot, earlier slot) of a forward-only region: that output's gradient is that slot's.
+        donated: positions in what was saved of the tensors that the backward may write over.
     """
 
     inputs: tuple[int, ...]
@@ -54,6 +57,7 @@ class _Link:
     undefined: UndefinedGradients | None
     graded: tuple[int | None, ...]
     passed: tuple[tuple[int, int], ...]
+    donated: tuple[int, ...]
 
 
 class Chain:
@@ -78,7 +82,6 @@ class Chain:
             slot for link in self._links for slot in link.outputs if slot in needed and slot in carrying
         )
         codes = [step.flat for step in steps if step.flat is not None and not step.forward_only]
-        self._donates = any(code.donates for code in codes)
         self._deterministic = all(code.deterministic for code in codes)
 
     def run(self, values: list[Any]) -> None:
@@ -87,7 +90,8 @@ class Chain:
             with torch.no_grad():
                 self.forward(values)
             return
-        carried = _ChainFunction.apply(self, values, *[values[slot] for slot in self.wanted])
+        wanted = [values[slot] for slot in self.wanted]
+        carried = _ChainFunction.apply(self, values, [way_to(wanted)], *wanted)
         for slot, value in zip(self.carrying, carried, strict=True):
             values[slot] = value
 
@@ -117,30 +121,21 @@ class Chain:
         """Refuse a backward that the regions' code is not compiled for.
 
         Raises:
-            RuntimeError: it is to be differentiated, or repeated, or to be deterministic unlike its forward.
+            RuntimeError: it is to be deterministic unlike its forward.
         """
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A compiled model cannot be differentiated twice: backward() and grad() do not support create_graph=True "
-                "here. Compute second derivatives with the eager model."
-            )
-        if self._donates and _torch.keeps_graph():
-            raise RuntimeError(
-                "This backward was compiled to write over the tensors that it saved, so it cannot be run with "
-                "retain_graph=True. Set torch._functorch.config.donated_buffer = False before the first forward to allow it."
-            )
         if not self._deterministic and torch.are_deterministic_algorithms_enabled():
             raise RuntimeError(
                 "torch.use_deterministic_algorithms was switched on between this forward and its backward. Switch it on "
                 "before the forward, so that the backward is compiled accordingly."
             )
 
-    def backward(self, saved: list[list[Any]], gradients: dict[int, Tensor]) -> None:
+    def backward(self, saved: list[list[Any]], gradients: dict[int, Tensor], *, again: bool) -> None:
         """Run the backwards.
 
         Args:
             saved: what :meth:`forward` gave; emptied.
             gradients: by slot those of what the chain hands on; becomes those of what it took.
+            again: what was saved may be needed once more.
         """
         with _no_autocast():
             for link in reversed(self._links):
@@ -152,6 +147,9 @@ class Chain:
                 defined = [position for position, slot, _ in link.tangents if slot in gradients]
                 if not defined:
                     continue
+                if again:
+                    for position in link.donated:
+                        arguments[position] = exact_copy(arguments[position])
                 for _, slot, like in link.tangents:
                     arguments.append(_as_expected(gradients.pop(slot, None), like))
                 targets = link.graded
@@ -184,6 +182,7 @@ def _link(step: Step) -> _Link:
         undefined=step.undefined,
         graded=tuple(graded),
         passed=tuple((step.outputs[position], source) for position, source in step.links),
+        donated=code.donated,
     )
 
 
@@ -247,9 +246,9 @@ def _no_autocast() -> contextlib.AbstractContextManager[Any]:
 
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: Chain, values: list[Any], *wanted: Tensor) -> Any:
+    def forward(ctx: Any, chain: Chain, values: list[Any], way: list[Tensor | None], *wanted: Tensor) -> Any:
         saved = chain.forward(values)
-        ctx.chain = chain
+        ctx.chain, ctx.way = chain, way[0]
         ctx.counts = [len(mine) for mine in saved]
         # a view would keep its base, and its base's version, alive in autograd's eyes
         ctx.save_for_backward(*[value.detach() if value._is_view() else value for mine in saved for value in mine])
@@ -271,6 +270,11 @@ class _ChainFunction(torch.autograd.Function):
         gradients = {
             slot: tangent for slot, tangent in zip(chain.carrying, tangents, strict=True) if tangent is not None
         }
-        del tangents
-        chain.backward(saved, gradients)
-        return None, None, *[gradients.get(slot) for slot in chain.wanted]
+        if not torch.is_grad_enabled():
+            del tangents
+        with torch.no_grad():
+            chain.backward(saved, gradients, again=_torch.keeps_graph())
+        found = [gradients.get(slot) for slot in chain.wanted]
+        if torch.is_grad_enabled():
+            found = refusing_second_derivatives(found, ctx, ctx.way, tangents)
+        return None, None, None, *found

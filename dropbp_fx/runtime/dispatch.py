@@ -16,11 +16,13 @@ from dropbp_fx.graph.regions import Region, RegionProgram
 from dropbp_fx.runtime.calibration import Calibration
 from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.chain import Chain, chained
+from dropbp_fx.runtime.copies import exact_copy
 from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.observation import Observation
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recompute import Drawn, PatternMemory
 from dropbp_fx.runtime.stored import StoredValues
+from dropbp_fx.runtime.writeback import write_back
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
 _PLANS_KEPT = 256
@@ -83,6 +85,7 @@ class RegionRunner:
         policies: Instances[Policy],
     ) -> None:
         self._program = graph.program
+        self._writes = graph.program.writes
         self._variants = graph.variants
         self._planner = graph.planner
         self._below = graph.below
@@ -94,12 +97,18 @@ class RegionRunner:
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        if _torch.forward_ad_is_on() and _torch.has_tangents(arguments):
+            raise NotImplementedError(
+                "Forward-mode AD is not supported for a compiled model: compiled code computes no tangents, so those of its "
+                "inputs or parameters would be lost. Call the eager model, or use torch.func.jvp, which runs it eagerly."
+            )
         policy = self._policies.of(arguments)
         calibration = policy.calibration()
         if calibration is not None:
             return self._calibrate(calibration, policy, arguments)
         drawn, observation = self._drawn(policy)
         plan = self._plan(drawn.dropped, drawn.below)
+        written = [arguments[position] for position in self._writes.arguments]
         values = self._values(arguments, drawn.scales)
         del arguments
         leaves = [] if plan.stored is None else plan.stored.leaves(values)
@@ -117,10 +126,13 @@ class RegionRunner:
                     self._run_behind_border(step, policy, values, observation)
         if plan.stored is not None:
             plan.stored.refuse_gradients(values, leaves)
-        return self._outputs(values)
+        return self._outputs(values, written)
 
-    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
+        written = [arguments[position] for position in self._writes.arguments]
+        for value in written:
+            calibration.keep(value)
         values = self._values(arguments, ())
         del arguments
         for step in self._planner.plan((), repeatable=True):
@@ -129,7 +141,7 @@ class RegionRunner:
                 _run_step(step, values)
             else:
                 self._run_behind_border(step, policy, values, calibration)
-        return self._outputs(values)
+        return self._outputs(values, written)
 
     def _run_behind_border(
         self, step: Step, policy: Policy, values: list[Any], watcher: Calibration | Observation
@@ -145,6 +157,9 @@ class RegionRunner:
         values: list[Any] = [None] * self._program.slots
         for slot, value in zip(self._program.inputs, arguments, strict=True):
             values[slot] = value
+        for position in self._writes.arguments:
+            slot = self._program.inputs[position]
+            values[slot] = exact_copy(values[slot])
         for slot, value in self._program.constants.items():
             values[slot] = value
         for branch, slot, device in self._program.scales:
@@ -155,8 +170,9 @@ class RegionRunner:
             values[slot] = known[1]
         return values
 
-    def _outputs(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+    def _outputs(self, values: Sequence[Any], written: Sequence[Tensor]) -> tuple[Any, ...]:
+        outputs = tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
+        return write_back(self._writes, written, outputs) if written else outputs
 
     def _drawn(self, policy: Policy) -> tuple[Drawn, Observation | None]:
         around = _torch.running_checkpoints()

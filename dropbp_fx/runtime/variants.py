@@ -15,6 +15,7 @@ from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import IDENTITIES
 from dropbp_fx.graph.gradflow import GradientFlow
+from dropbp_fx.graph.hooks import hook_gradient
 from dropbp_fx.graph.prune import prune_pass
 from dropbp_fx.graph.regions import Region
 from dropbp_fx.runtime import artifacts
@@ -194,7 +195,7 @@ def _remove_gates(gm: fx.GraphModule) -> None:
     for _, body in checkpoint_bodies(gm):
         _remove_gates(body)
     for node in list(gm.graph.nodes):
-        if node.target in IDENTITIES:
+        if node.target in IDENTITIES or node.target is hook_gradient:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
         elif node.op == "call_function" and node.target is torch._C._set_grad_enabled:

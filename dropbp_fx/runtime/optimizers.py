@@ -1,0 +1,48 @@
+"""Say so when a compiled optimizer step is compiled anew for one pattern of missing gradients after the other."""
+
+from __future__ import annotations
+
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+
+from dropbp_fx import _torch
+
+#: A step is compiled twice in ordinary training too: before and after it has state.
+_USUAL = 3
+
+
+class CompiledStepWatch:
+    """Counts how often Dynamo compiles an optimizer's step, and warns once.
+
+    Args:
+        drops: tells whether anything has been dropped.
+    """
+
+    def __init__(self, drops: Callable[[], bool]) -> None:
+        self._drops = drops
+        self._counts: dict[types.CodeType, int] = {}
+        me = weakref.ref(self)
+
+        def look(code: types.CodeType) -> None:
+            watch = me()
+            if watch is not None:
+                watch.look(code)
+
+        self._handle = _torch.on_compiled(look)
+        weakref.finalize(self, self._handle.remove)
+
+    def look(self, code: types.CodeType) -> None:
+        """Take note of code that Dynamo has compiled."""
+        if code.co_name != "step" or "optim" not in code.co_filename or not self._drops():
+            return
+        self._counts[code] = self._counts.get(code, 0) + 1
+        if self._counts[code] > _USUAL:
+            self._handle.remove()
+            warnings.warn(
+                "A compiled optimizer step is being compiled anew for each pattern of missing gradients, and will run "
+                "eagerly once Dynamo's recompile limit is reached. Leave optimizer.step uncompiled and make the optimizer "
+                "with fused=True: it is as fast, and skips parameters without gradients.",
+                stacklevel=2,
+            )
