@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclasses.dataclass
@@ -13,15 +13,16 @@ class Branch:
 
     Attributes:
         index: its position in execution order, the number :meth:`DropBPBackend.pinned` takes.
-        name: unique and readable, from the module tree (``model.layers.3.self_attn``).
+        name: unique and readable, from the module tree (``model.layers.3.self_attn``); with ``@2`` behind it in the second
+            model of a backend.
         layer: the layer it belongs to (``model.layers.3``).
         rate: its drop rate at present, in [0, 1).
         trainable: whether it has parameters that require a gradient, or a gradient passes through it to something trainable
-            that it reaches in no other way, such as the prefix of prefix tuning.
+            that it reaches in no other way, such as the prefix of prefix tuning. As of its last forward, like the next.
         droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
             parameter there is nothing to drop, and the branch takes no part in the draw.
         backward_flops: floating-point operations that dropping it saves in one backward, from its joint graph.
-        times_seen: training forwards it took part in.
+        times_seen: training forwards in which it could be dropped.
         times_dropped: how many of them dropped it.
     """
 
@@ -36,9 +37,25 @@ class Branch:
     times_dropped: int = 0
 
     @property
+    def model(self) -> int:
+        """The number of the model it belongs to, from 1 in the order in which a backend met its models."""
+        return _split(self.name)[1]
+
+    @property
     def realised_rate(self) -> float:
         """The share of its training forwards that dropped it, 0 before the first."""
         return self.times_dropped / self.times_seen if self.times_seen else 0.0
+
+
+def in_model(name: str, number: int) -> str:
+    """What a branch or a layer called ``name`` is called in the model of this number."""
+    return name if number == 1 else f"{name}@{number}"
+
+
+def _split(name: str) -> tuple[str, int]:
+    """What a branch is called in its model, and the model's number."""
+    plain, mark, number = name.rpartition("@")
+    return (plain, int(number)) if mark and number.isdecimal() else (name, 1)
 
 
 class BranchTable:
@@ -47,6 +64,9 @@ class BranchTable:
     def __init__(self) -> None:
         self._branches: dict[str, Branch] = {}
         self._order: list[Branch] = []
+        self._models: list[int] = []
+        self._by_model: dict[int, list[Branch]] = {}
+        self._namesakes: dict[str, list[int]] = {}
 
     def __iter__(self) -> Iterator[Branch]:
         return iter(self._order)
@@ -66,11 +86,30 @@ class BranchTable:
         branch = self._branches.get(name)
         if branch is None:
             branch = self._branches[name] = Branch(len(self._order), name, layer, rate)
+            plain, model = _split(name)
             self._order.append(branch)
+            self._models.append(model)
+            self._by_model.setdefault(model, []).append(branch)
+            self._namesakes.setdefault(plain, []).append(branch.index)
         return branch
+
+    @property
+    def models(self) -> tuple[int, ...]:
+        """The numbers of the models that have branches."""
+        return tuple(self._by_model)
+
+    def model_of(self, index: int) -> int:
+        """The number of the model that a branch belongs to."""
+        return self._models[index]
+
+    def of(self, model: int) -> Sequence[Branch]:
+        """The branches of one model, in the order they were first met."""
+        return self._by_model.get(model, ())
 
     def resolve(self, chosen: Iterable[int | str | Branch]) -> frozenset[int]:
         """Indices of branches given by index, name or object.
+
+        An index or a name of the first model's stands for the branches of that name in all models, an object for itself.
 
         Raises:
             IndexError: an index is out of range.
@@ -79,6 +118,7 @@ class BranchTable:
         """
         found: set[int] = set()
         for item in chosen:
+            single = isinstance(item, Branch)
             if isinstance(item, Branch):
                 item = item.name
             if isinstance(item, bool) or not isinstance(item, (int, str)):
@@ -89,11 +129,12 @@ class BranchTable:
                         f"There is no branch {item}: the model has {len(self)} residual branches, numbered 0 to "
                         f"{len(self) - 1} in execution order."
                     )
-                found.add(item)
-            elif item in self._branches:
-                found.add(self._branches[item].index)
-            else:
+                item = self._order[item].name
+            if item not in self._branches:
                 raise KeyError(unknown_name(item, self._branches))
+            found.add(self._branches[item].index)
+            if not single and len(self._by_model) > 1:
+                found.update(self._namesakes.get(item, ()))
         return frozenset(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 from dropbp_fx.policy.allocation import allocate
@@ -64,21 +64,29 @@ class Rates:
     def assign(self, branches: Sequence[Branch]) -> None:
         """Give every branch its rate."""
         current = self.current
-        shares = [branch for branch in branches if branch.droppable]
         rates = dict.fromkeys((branch.name for branch in branches), current)
-        if self.allocation == "sensitivity" and shares and all(b.name in self.sensitivities for b in shares):
-            allocated = allocate(
-                [self.sensitivities[branch.name] for branch in shares],
-                [float(branch.backward_flops) for branch in shares],
-                min(current, self.max_rate),
-                max_rate=self.max_rate,
-                rescale=self.rescale,
-            )
-            rates.update(zip((branch.name for branch in shares), allocated, strict=True))
+        if self.allocation == "sensitivity":
+            for shares in self._shares(branches):
+                allocated = allocate(
+                    [self.sensitivities[branch.name] for branch in shares],
+                    [float(branch.backward_flops) for branch in shares],
+                    min(current, self.max_rate),
+                    max_rate=self.max_rate,
+                    rescale=self.rescale,
+                )
+                rates.update(zip((branch.name for branch in shares), allocated, strict=True))
         factor = current / self._rate if self._rate else 1.0
         for branch in branches:
             by_hand = self.by_hand.get(branch.name)
             branch.rate = rates[branch.name] if by_hand is None else min(by_hand * factor, max(self.max_rate, by_hand))
+
+    def _shares(self, branches: Sequence[Branch]) -> Iterable[list[Branch]]:
+        """The branches that share out a model's budget: a branch that was never measured has the model's rate."""
+        models: dict[int, list[Branch]] = {}
+        for branch in branches:
+            if branch.droppable and branch.name in self.sensitivities:
+                models.setdefault(branch.model, []).append(branch)
+        return models.values()
 
 
 class RateView(MutableMapping[str, float]):

@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 
-from dropbp_fx.policy.branches import Branch, BranchTable
+from dropbp_fx.policy.branches import Branch, BranchTable, in_model
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
+from dropbp_fx.policy.presence import Presence, PresentBranches
 from dropbp_fx.policy.ramps import RateSchedule
 from dropbp_fx.policy.ranks import Proposal, RankAgreement, in_words
 from dropbp_fx.policy.rates import Rates
+from dropbp_fx.policy.rounds import Forward, PerThread, Pinned, Repeated, Round
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity
@@ -27,31 +29,6 @@ _STATE_VERSION = 2
 _OBSERVE_EVERY = 20
 #: A run whose schedule has not moved by this many forwards was probably never told of its progress.
 _PROGRESS_EXPECTED_BY = 100
-
-
-@dataclasses.dataclass
-class _Round:
-    """One pattern for the whole model. A model that Dynamo broke into several graphs consumes it piece by piece."""
-
-    number: int = 0
-    epoch: int = 0
-    drawn: set[int] = dataclasses.field(default_factory=set)
-    dropped: set[int] = dataclasses.field(default_factory=set)
-    used: set[int] = dataclasses.field(default_factory=set)
-
-
-class _PerThread(threading.local):
-    """Forwards of different threads do not share a round, nor one thread's ``pinned()`` another's forwards."""
-
-    def __init__(self) -> None:
-        self.round = _Round()
-        self.overrides: list[_Override] = []
-
-
-@dataclasses.dataclass
-class _Override:
-    chosen: tuple[int | str | Branch, ...]
-    unmet: set[int | str]
 
 
 class Schedule:
@@ -82,6 +59,7 @@ class Schedule:
         configuration: Mapping[str, str] | None = None,
     ) -> None:
         self.branches = BranchTable()
+        self._present = PresentBranches(self.branches)
         self.ranks = RankAgreement()
         self.granularity: Granularity = granularity
         self.forwards = 0
@@ -101,7 +79,7 @@ class Schedule:
         self._configuration = dict(configuration or {})
         self._agreed = False  # all ranks have agreed on the branches and on the state that was loaded last
         self._weighed: set[int] = set()  # branches whose FLOPs are settled
-        self._thread = _PerThread()
+        self._thread = PerThread()
         self.sensitivity: Sensitivity | None = None
         self._epoch = 0  # loading a state ends every thread's round
         self._lock = threading.RLock()
@@ -146,8 +124,32 @@ class Schedule:
         """Take note of measured sensitivities."""
         with self._lock:
             self.sensitivity = sensitivity
-            self.rates.sensitivities = dict(zip(sensitivity.names, sensitivity.values, strict=True))
-            self.assign()
+            self._measured()
+
+    def _measured(self) -> None:
+        """Let the rates go by the sensitivities that are known."""
+        if self.sensitivity is not None:
+            self.rates.sensitivities = dict(zip(self.sensitivity.names, self.sensitivity.values, strict=True))
+        self._leave_out_unmeasured()
+        self.assign()
+
+    def _leave_out_unmeasured(self) -> None:
+        """The sensitivity of a branch that no gradient reaches is 0, which says nothing of it once a gradient does."""
+        known = self.rates.sensitivities
+        for branch in self.branches:
+            if not branch.droppable and known.get(branch.name) == 0:
+                del known[branch.name]
+        measured = self.sensitivity
+        if measured is not None:
+            left_out = {b.name for b in self.branches if b.droppable and b.name not in known}
+            if not left_out.isdisjoint(measured.names):
+                kept = [
+                    (name, value)
+                    for name, value in zip(measured.names, measured.values, strict=True)
+                    if name not in left_out
+                ]
+                names, values = zip(*kept, strict=True) if kept else ((), ())
+                self.sensitivity = dataclasses.replace(measured, names=names, values=values)
 
     def agree_across(self, group: Any, *, every: int, timeout_s: float) -> None:
         """Patterns are to be alike on the ranks of ``group``, and only there."""
@@ -166,9 +168,9 @@ class Schedule:
             ValueError: everything trainable would be dropped.
         """
         items = tuple(chosen)
-        override = _Override(items, set())
+        override = Pinned(items, set())
         if len(self.branches):
-            self._check_keeps_one(self.branches.resolve(items))
+            self._check_keeps_one(self.branches.resolve(items), self.branches.models)
         else:
             override.unmet = {item.name if isinstance(item, Branch) else item for item in items}
         self._thread.overrides.append(override)
@@ -178,6 +180,28 @@ class Schedule:
             self._thread.overrides.pop()
         if override.unmet and len(self.branches):
             self.branches.resolve(override.unmet)
+
+    @contextlib.contextmanager
+    def repeat(self, forwards: int) -> Iterator[None]:
+        """Within the block (and this thread) drop what the last ``forwards`` forwards of each model dropped, in their order.
+
+        Raises:
+            RuntimeError: no model has run as many in this thread.
+        """
+        with self._lock:
+            earlier = self._thread.last(forwards, self._epoch)
+        if not earlier:
+            many = "a training forward" if forwards == 1 else f"{forwards} training forwards"
+            raise RuntimeError(
+                f"repeated({'' if forwards == 1 else forwards}) repeats the pattern of {many} of this thread, but no model "
+                "has run as many in it since this backend was made or a state was loaded. Run the forward to be repeated "
+                "first, outside of the block."
+            )
+        self._thread.overrides.append(Repeated(earlier))
+        try:
+            yield
+        finally:
+            self._thread.overrides.pop()
 
     # ---- what the compiled graphs call -----------------------------------------------------------------------------
 
@@ -198,14 +222,31 @@ class Schedule:
             branch = self.branches.meet(name, layer, rate=self.rates.current)
             if self._expected is not None:
                 self._expected.discard(name)
-            if (trainable and not branch.trainable) or (droppable and not branch.droppable):
-                branch.trainable |= trainable
-                branch.droppable |= droppable
+            if self._present.gain(branch, trainable=trainable, droppable=droppable):
                 self._agreed = False
             self.assign()
             for override in self._thread.overrides:
-                override.unmet -= {branch.name, branch.index}
+                if isinstance(override, Pinned):
+                    override.unmet -= {branch.name, branch.index}
             return branch
+
+    def present(self, presence: Presence) -> None:
+        """Take note of what a graph that is about to run says of its branches."""
+        with self._lock:
+            if self._present.enter(presence):
+                self._facts_changed()
+
+    def forget(self, model: int) -> None:
+        """A model is no more: none of its branches can be dropped until a graph says so."""
+        with self._lock:
+            self._present.forget(model)
+            self._facts_changed()
+
+    def _facts_changed(self) -> None:
+        """Units, rates and scales are those of what can be dropped now, and ranks agree on it anew."""
+        self._agreed = False
+        self._leave_out_unmeasured()
+        self.assign()
 
     def weigh(self, index: int, backward_flops: int) -> None:
         """Take note of what dropping a branch saves, unless it is known.
@@ -219,62 +260,104 @@ class Schedule:
                 if backward_flops:
                     self._weighed.add(index)
 
-    def draw(self, indices: Sequence[int]) -> frozenset[int]:
-        """The branches among ``indices`` (those of one graph) that this forward drops.
+    def draw(self, indices: Sequence[int], presence: Presence | None = None) -> frozenset[int]:
+        """The branches among ``indices`` (those of one graph that it can drop) that this forward drops.
+
+        Args:
+            indices: the graph's droppable branches.
+            presence: what the graph says of all its branches; ``None`` for what the table says.
 
         Raises:
             ValueError: a pinned pattern drops everything trainable, or a loaded state has branches the model lacks.
+            RuntimeError: the forward is to repeat one that there was none of.
             RankDisagreementError: another rank of a distributed run would not drop the same branches.
         """
+        around = tuple(indices) if presence is None else presence.branches
+        if not around:
+            return frozenset()
         with self._lock:
+            if presence is not None:
+                self.present(presence)
+            model = self.branches.model_of(around[0])
+            forward = self._thread.forward(model, around, self._epoch)
+            if presence is not None and not presence.trains:
+                return frozenset()
             mine = set(indices)
-            pinned = self._pinned()
-            dropped = frozenset(self._take(mine) if pinned is None else pinned & mine)
-            self.forwards += min(mine, default=0) == self._first_index(mine)
+            dropped = mine.intersection(self._pattern(forward, model, around))
+            if not forward.counted:
+                forward.counted = True
+                self.forwards += 1
+                if forward.repeats is None:
+                    self._thread.remember(model, forward)
             for index in mine:
                 branch = self.branches[index]
                 branch.times_seen += 1
                 branch.times_dropped += index in dropped
-            return dropped
+            forward.dropped |= dropped
+            return frozenset(dropped)
+
+    def _pattern(self, forward: Forward, model: int, around: Collection[int]) -> Collection[int]:
+        """What decides which branches of the graph with the branches ``around`` are dropped."""
+        override = self._thread.overrides[-1] if self._thread.overrides else None
+        scales: dict[int, float] = {}
+        if isinstance(override, Repeated):
+            earlier = override.repeated_by(forward, model)
+            forward.pattern, scales = earlier.dropped, earlier.scales
+        elif override is not None:
+            forward.pattern = self._pinned(override, model)
+        else:
+            forward.pattern = self._take(forward, model, around)
+            if self.rates.rescale:
+                scales = {index: self._scale(index) for index in around}
+        forward.scales.update(scales)
+        return forward.pattern
 
     def drops_all_before(self, index: int) -> bool:
-        """Whether the forward just drawn drops every droppable branch that runs before the one at ``index``."""
+        """Whether the forward just drawn drops every droppable branch of the model that runs before the one at ``index``."""
         with self._lock:
-            pinned = self._pinned()
-            dropped = self._thread.round.dropped if pinned is None else pinned
-            return all(branch.index in dropped for branch in self.branches if branch.droppable and branch.index < index)
+            model = self.branches.model_of(index)
+            dropped = self._thread.forwards[model].pattern
+            return all(b.index in dropped for b in self.branches.of(model) if b.droppable and b.index < index)
 
     def scales(self, indices: Sequence[int]) -> tuple[float, ...]:
         """What the forward just drawn multiplies each branch's gradients by if it is kept; empty if by nothing."""
-        if not self.rates.rescale or self._thread.overrides:
+        latest = self._thread.latest
+        if latest is None or not latest.scales:
             return ()
-        with self._lock:
-            return tuple(self._scale(index) for index in indices)
+        return tuple(latest.scales.get(index, 1.0) for index in indices)
 
     @property
     def round_number(self) -> int:
         """The number of this thread's present round, from 1."""
-        return self._thread.round.number
+        latest = self._thread.latest
+        return latest.round.number if latest is not None and latest.round is not None else 0
 
     def observes(self) -> bool:
-        """Whether the forward that was just drawn is to be observed."""
+        """Whether the forward that was just drawn is to be observed: of several models, one forward of each."""
         return (
             self._reallocate_every is not None
             and not self._thread.overrides
-            and self._thread.round.number % _OBSERVE_EVERY == 1
+            and 1 <= self.round_number % _OBSERVE_EVERY <= len(self.branches.models)
         )
 
     def observed(self, branches: Mapping[int, Observed], stem: float | None) -> None:
         """Take note of what a step showed of its kept branches, by index."""
         with self._lock:
-            self._running.observe({self.branches[index].name: found for index, found in branches.items()}, stem)
+            model = self.branches.model_of(next(iter(branches))) if branches else 1
+            named = {self.branches[index].name: found for index, found in branches.items()}
+            self._running.observe(named, stem, in_model("", model))
 
     def running_estimate(self, metric: Metric = "gradient") -> Sensitivity | None:
         """Sensitivities estimated from the steps observed so far, ``None`` while there are too few."""
         with self._lock:
-            names = [branch.name for branch in self.branches if branch.droppable]
-            estimates = self._running.estimate(names, metric) if names else None
-            if estimates is None:
+            estimates: dict[str, float] = {}
+            for model in self.branches.models:
+                names = [branch.name for branch in self.branches.of(model) if branch.droppable]
+                found = self._running.estimate(names, metric, in_model("", model))
+                if found is None:
+                    return None
+                estimates |= found
+            if not estimates:
                 return None
             values = tuple(estimates.get(branch.name, 0.0) for branch in self.branches)
             return Sensitivity(tuple(branch.name for branch in self.branches), values, metric, 1)
@@ -294,47 +377,55 @@ class Schedule:
         """Re-allocation was due, and is done or cannot be done yet."""
         self._reallocated = self._rounds
 
-    def _first_index(self, mine: Collection[int]) -> int:
-        """A forward is counted by the graph that holds the first droppable branch."""
-        return next((b.index for b in self.branches if b.droppable), min(mine, default=0))
-
-    def _pinned(self) -> frozenset[int] | None:
-        """What the innermost :meth:`override` of this thread drops, ``None`` outside of one.
+    def _pinned(self, override: Pinned, model: int) -> frozenset[int]:
+        """What ``override`` drops.
 
         Raises:
             ValueError: everything trainable would be dropped.
         """
-        if not self._thread.overrides:
-            return None
-        override = self._thread.overrides[-1]
         met = [item for item in override.chosen if _plain(item) not in override.unmet]
         dropped = self.branches.resolve(met)
-        self._check_keeps_one(dropped)
+        self._check_keeps_one(dropped, (model,))
         return dropped
 
-    def _check_keeps_one(self, dropped: Collection[int]) -> None:
-        trainable = [branch for branch in self.branches if branch.trainable and branch.droppable]
-        if trainable and all(branch.index in dropped for branch in trainable):
-            raise ValueError(
-                f"The pattern drops all {len(trainable)} branches that have trainable parameters, so nothing would be "
-                "trained. Keep at least one of them."
-            )
+    def _check_keeps_one(self, dropped: Collection[int], models: Sequence[int]) -> None:
+        """Some model keeps something trainable, if any model has something.
 
-    def _take(self, mine: set[int]) -> set[int]:
-        current = self._thread.round
-        if not current.number or current.epoch != self._epoch or mine & current.used:
-            self._check_state_is_complete()
+        Raises:
+            ValueError: none does.
+        """
+        trainable = [b for model in models for b in self.branches.of(model) if b.trainable and b.droppable]
+        if not trainable or any(branch.index not in dropped for branch in trainable):
+            return
+        # What the table says is as of the last forward: something may have been unfrozen since, or all of this frozen.
+        now = {b.index for model in models for b in self.branches.of(model) if self._present.requires_gradient(b.index)}
+        if now and not now <= set(dropped):
+            return
+        raise ValueError(
+            f"The pattern drops all {len(trainable)} branches that have trainable parameters, so nothing would be "
+            "trained. Keep at least one of them."
+        )
+
+    def _take(self, forward: Forward, model: int, around: Collection[int]) -> set[int]:
+        current = forward.round
+        if current is None or current.epoch != self._epoch:
+            self._check_state_is_complete(model)
             self._rounds += 1
             self._advance()
-            current = self._thread.round = _Round(number=self._rounds, epoch=self._epoch)
+            current = forward.round = Round(self._rounds, self._epoch, self._present.version)
             if self._agreed and self.ranks.needed:
                 self.ranks.compare(self._rounds, self._facts)
-        if not mine <= current.drawn:
+        if current.version != self._present.version:  # a piece of the model is not what it was when the round was drawn
+            current.keep_only(forward.seen.difference(around))
+            current.version = self._present.version
+        if not current.drawn.issuperset(around):
+            if self._present.ask([b for b in self.branches.of(model) if b.index not in forward.seen]):
+                self._facts_changed()
+                current.version = self._present.version
             if not self._agreed and self.ranks.needed:
                 self._agree()
-            self._extend(current)
-        current.used |= mine
-        return current.dropped & mine
+            self._extend(current, model)
+        return current.dropped
 
     def _agree(self) -> None:
         """Before a draw from branches or a state that are new: all ranks must have them alike, or all raise.
@@ -396,12 +487,12 @@ class Schedule:
             self._scales = {index: 1.0 / (1.0 - share) if share < 1 else 1.0 for index, share in often.items()}
         return self._scales.get(index, 1.0)
 
-    def _extend(self, current: _Round) -> None:
-        """Draw for every known branch that this round has no answer for yet."""
-        fresh = [b for b in self.branches if b.index not in current.drawn]
+    def _extend(self, current: Round, model: int) -> None:
+        """Draw for every known branch of the model that this round has no answer for yet."""
+        known = self.branches.of(model)
+        fresh = [b for b in known if b.index not in current.drawn]
         kept_one = any(
-            b.trainable and b.droppable and b.index in current.drawn and b.index not in current.dropped
-            for b in self.branches
+            b.trainable and b.droppable and b.index in current.drawn and b.index not in current.dropped for b in known
         )
         groups = self._units([b for b in fresh if b.droppable])
         rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{current.number}:{len(current.drawn)}")
@@ -426,22 +517,23 @@ class Schedule:
         return sum(often.values()) / len(often) if often else 0.0
 
     def _frequencies(self) -> dict[int, float]:
-        """How often the pattern drops each droppable branch, by index."""
-        groups = self._units([b for b in self.branches if b.droppable])
-        often = frequencies(self.pattern, [unit for unit, _ in groups])
-        return {index: share for share, (_, indices) in zip(often, groups, strict=True) for index in indices}
+        """How often the pattern drops each branch that is droppable now, by index."""
+        found: dict[int, float] = {}
+        for model in self.branches.models:
+            groups = self._units([b for b in self.branches.of(model) if b.droppable])
+            often = frequencies(self.pattern, [unit for unit, _ in groups])
+            found |= {index: share for share, (_, indices) in zip(often, groups, strict=True) for index in indices}
+        return found
 
     def realised_rate(self) -> float:
         """The share of (branch, training forward) pairs that was dropped, of those that could be."""
-        droppable = [branch for branch in self.branches if branch.droppable]
-        seen = sum(branch.times_seen for branch in droppable)
-        return sum(branch.times_dropped for branch in droppable) / seen if seen else 0.0
+        seen = sum(branch.times_seen for branch in self.branches)
+        return sum(branch.times_dropped for branch in self.branches) / seen if seen else 0.0
 
     def realised_flops_rate(self) -> float:
         """The same, branches counting by the backward FLOPs that dropping them saves."""
-        droppable = [branch for branch in self.branches if branch.droppable]
-        seen = sum(branch.times_seen * branch.backward_flops for branch in droppable)
-        return sum(branch.times_dropped * branch.backward_flops for branch in droppable) / seen if seen else 0.0
+        seen = sum(branch.times_seen * branch.backward_flops for branch in self.branches)
+        return sum(branch.times_dropped * branch.backward_flops for branch in self.branches) / seen if seen else 0.0
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -524,16 +616,20 @@ class Schedule:
                 for field in ("trainable", "droppable", "backward_flops", "times_seen", "times_dropped"):
                     setattr(branch, field, record[field])
                 self._weighed.add(branch.index)
-            self.assign()
+            self._present.version += 1
+            self._measured()
 
-    def _check_state_is_complete(self) -> None:
+    def _check_state_is_complete(self, model: int) -> None:
         """By the second forward after loading, every branch of the state should have turned up."""
-        if self._expected and self._strict_state and self._thread.round.epoch == self._epoch:
-            missing = sorted(self._expected)
+        past = self._thread.past.get(model)
+        if not (self._expected and self._strict_state and past and past[-1].epoch == self._epoch):
+            return
+        missing = [branch.name for branch in self.branches.of(model) if branch.name in self._expected]
+        if missing:
             raise ValueError(
-                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such "
-                f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
-                "load_state_dict."
+                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches.of(model))} branches, "
+                f"such as {min(missing)!r}, are not in the model. Load the state of the same model, or pass strict=False "
+                "to load_state_dict."
             )
 
 
