@@ -106,7 +106,7 @@ class Lowering:
                     leading.add(met.droppable[k])
         found = met.with_trainable(leading)
         if found.training:
-            self.state.schedule.present(found.presence)
+            self.state.schedule.present(found.presence, in_part=True)  # until its forward
         if found is met:
             return graph
         whole = dataclasses.replace(graph, met=found)

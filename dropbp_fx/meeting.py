@@ -46,7 +46,7 @@ def meet(state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBra
         full, layer = _in_table(name, prefixes[modules[0]] if modules else "", model)
         wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
         drops = torch.is_grad_enabled() and wanted and own_modes != {False}
-        trains = any(example_value(node).requires_grad for node in nodes)
+        trains = any(example_value(node).requires_grad for node in nodes if _is_own(owners, node))
         if modules:
             _report_namesake(state, full, modules[0])
         entry = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
@@ -58,7 +58,7 @@ def meet(state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBra
         log.info("residual branch %s in layer %s%s", full, layer, "" if drops else " (never dropped here)")
     training = bool(branches) and torch.is_grad_enabled() and True in modes
     home = homes[0] if homes else None
-    parameters = [_own_parameters(owners, nodes) for nodes in inputs]
+    parameters = [_owned_parameters(owners, nodes) for nodes in inputs]
     position_of = {node: position for position, node in enumerate(placeholders)}
     presence = Presence(
         branches=tuple(branch.index for branch in met),
@@ -68,7 +68,6 @@ def meet(state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBra
         leaves={
             branch.index: leaves_of(owners[node].value for node in own)
             for branch, own in zip(met, parameters, strict=True)
-            if own is not None
         },
     )
     return MetBranches(
@@ -79,7 +78,7 @@ def meet(state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBra
         prefix=prefixes[home] if home is not None else "",
         model=model,
         presence=presence,
-        parameters=tuple(None if own is None else tuple(position_of[node] for node in own) for own in parameters),
+        parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
         training=training,
     )
 
@@ -176,12 +175,16 @@ def _anchors(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | 
     return Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors))
 
 
-def _own_parameters(owners: Owners, inputs: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """The parameters among a branch's ``inputs``; ``None`` if something else there is trained."""
+def _owned_parameters(owners: Owners, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """A branch's own parameters among its ``inputs``, if all that are trained are known as objects."""
     owned = [node for node in inputs if node in owners and isinstance(owners[node].value, nn.Parameter)]
-    if any(example_value(node).requires_grad for node in inputs if node not in owned):
-        return None
-    return owned
+    trained = [node for node in inputs if _is_own(owners, node) and example_value(node).requires_grad]
+    return owned if set(trained) <= set(owned) else []
+
+
+def _is_own(owners: Owners, node: fx.Node) -> bool:
+    """Whether a graph input that a branch reads is its own, rather than what an earlier graph hands over: the stream."""
+    return node in owners or isinstance(example_value(node), nn.Parameter)
 
 
 def _requires_gradient(gm: fx.GraphModule) -> bool:

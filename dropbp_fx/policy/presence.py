@@ -23,7 +23,7 @@ class Presence:
         trainable: those that are trainable (:class:`~dropbp_fx.policy.branches.Branch`).
         trains: whether its forward computes anything that requires a gradient.
         leaves: by branch, the parameters that it reads. What requires a gradient can be asked of them before a forward.
-        checked: the table's version at which the table was last known to say the same.
+        checked: the table's version when this was last entered into it, and whether in part.
     """
 
     branches: tuple[int, ...]
@@ -31,7 +31,7 @@ class Presence:
     trainable: frozenset[int]
     trains: bool = True
     leaves: Mapping[int, Leaves] = dataclasses.field(default_factory=dict)
-    checked: int = -1
+    checked: tuple[int, bool] = (-1, False)
 
 
 class PresentBranches:
@@ -46,20 +46,30 @@ class PresentBranches:
         self._table = table
         self._leaves: dict[int, Leaves] = {}
 
-    def enter(self, presence: Presence) -> bool:
+    def enter(self, presence: Presence, *, in_part: bool = False) -> bool:
         """Let the table say what a graph does.
+
+        Args:
+            presence: what it says.
+            in_part: no gradient comes to what lies below the graph, but only because this forward drops it: a branch that
+                therefore has none to drop, or leads to nothing trainable, is what it was.
 
         Returns:
             Whether that changes anything.
         """
-        if presence.checked == self.version:
+        if presence.checked == (self.version, in_part):
             return False
         before = self.version
         for index in presence.branches:
-            self._set(self._table[index], index in presence.trainable, index in presence.droppable)
+            branch = self._table[index]
+            trainable, droppable = index in presence.trainable, index in presence.droppable
+            if in_part:
+                trainable |= branch.trainable and index not in presence.leaves
+                droppable |= branch.droppable
+            self._set(branch, trainable, droppable)
             self._leaves.pop(index, None)
         self._leaves.update(presence.leaves)
-        presence.checked = self.version
+        presence.checked = self.version, in_part
         return self.version != before
 
     def gain(self, branch: Branch, *, trainable: bool, droppable: bool) -> bool:
@@ -86,7 +96,7 @@ class PresentBranches:
     def requires_gradient(self, index: int) -> bool | None:
         """Whether a parameter of the branch requires a gradient, ``None`` where its parameters cannot be told."""
         leaves = self._leaves.get(index)
-        if leaves is None:
+        if not leaves:
             return None
         alive = [parameter for reference in leaves if (parameter := reference()) is not None]
         return any(parameter.requires_grad for parameter in alive) if len(alive) == len(leaves) else None

@@ -230,10 +230,10 @@ class Schedule:
                     override.unmet -= {branch.name, branch.index}
             return branch
 
-    def present(self, presence: Presence) -> None:
-        """Take note of what a graph that is about to run says of its branches."""
+    def present(self, presence: Presence, *, in_part: bool = False) -> None:
+        """Take note of what a graph that is about to run says of its branches (:meth:`PresentBranches.enter`)."""
         with self._lock:
-            if self._present.enter(presence):
+            if self._present.enter(presence, in_part=in_part):
                 self._facts_changed()
 
     def forget(self, model: int) -> None:
@@ -276,10 +276,10 @@ class Schedule:
         if not around:
             return frozenset()
         with self._lock:
-            if presence is not None:
-                self.present(presence)
             model = self.branches.model_of(around[0])
             forward = self._thread.forward(model, around, self._epoch)
+            if presence is not None:
+                self.present(presence, in_part=bool(forward.dropped))
             if presence is not None and not presence.trains:
                 return frozenset()
             mine = set(indices)
