@@ -149,9 +149,12 @@ def test_forwards_that_train_only_a_head_count_and_drop_nothing() -> None:
     assert sum(branch.times_dropped for branch in backend.branches) == 4
 
 
-@pytest.mark.parametrize(("breaks", "rate"), [(1, 0.95), (2, 0.5), (2, 0.95), (3, 0.7)])
+@pytest.mark.parametrize(
+    ("breaks", "rate"),
+    [(1, 0.95), *(pytest.param(*case, marks=pytest.mark.thorough) for case in [(2, 0.5), (2, 0.95), (3, 0.7)])],
+)
 def test_a_model_in_pieces_keeps_one_in_the_first_forward_after_a_change(breaks: int, rate: float) -> None:
-    for seed in range(2):
+    for seed in range(2 if breaks == 2 else 1):
         torch._dynamo.reset()
         model, backend, run = make(rate, breaks=breaks, seed=seed)
         for trained in ((0, 1, 2, 3), (0,), (0, 1, 2, 3), (0, 1), (3,), (1,), (0, 2), (0,)):
@@ -218,10 +221,11 @@ def test_pins_are_checked_against_what_is_trainable_at_the_forward() -> None:
     with pytest.raises(ValueError, match="drops all 1 branches"), backend.pinned([3]):
         pytest.fail("the block must not be entered")
     model.requires_grad_(True)
+    before = backend.branches[3].times_dropped
     with backend.pinned([3]):  # no forward has shown the others yet
         assert step(model, backend, run) == ["blocks.0", "blocks.1", "blocks.2"]
     assert backend.stats.forwards == 3
-    assert [branch.times_dropped for branch in backend.branches][3] == 1
+    assert backend.branches[3].times_dropped == before + 1
 
 
 def test_sensitivities_are_shared_out_among_what_can_be_dropped_and_was_measured() -> None:
@@ -285,7 +289,7 @@ def test_a_resumed_run_goes_on_in_the_middle_of_freezing(breaks: int | None) -> 
     assert resumed.state_dict() == backend.state_dict()
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rate=st.floats(0.0, 0.97),
     breaks=st.sampled_from([None, None, 1, 2]),

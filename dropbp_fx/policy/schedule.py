@@ -223,8 +223,9 @@ class Schedule:
             if self._expected is not None:
                 self._expected.discard(name)
             if self._present.gain(branch, trainable=trainable, droppable=droppable):
-                self._agreed = False
-            self.assign()
+                self._facts_changed()
+            else:
+                self.assign()
             for override in self._thread.overrides:
                 if isinstance(override, Pinned):
                     override.unmet -= {branch.name, branch.index}
