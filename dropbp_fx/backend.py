@@ -22,9 +22,11 @@ from dropbp_fx.policy.presets import resolve_preset
 from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule
 from dropbp_fx.policy.ranks import checked_group
 from dropbp_fx.policy.rates import RateView
+from dropbp_fx.policy.rounds import checked_repeats
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.policy.values import LARGEST_COUNT, as_float, as_int, shown, takes
 from dropbp_fx.runtime.calibration import calibrate
+from dropbp_fx.runtime.captured import MetBranches
 from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
 from dropbp_fx.state import BackendState
 
@@ -36,7 +38,9 @@ class BackendStats:
     """Figures of a backend so far.
 
     Attributes:
-        forwards: training forwards, evaluation not counted.
+        forwards: training forwards, evaluation not counted: one for each time that a model with residual branches runs in
+            training mode and something in it requires a gradient, whether or not any of it can be dropped, and however
+            many graphs it is in.
         realised_rate: share of droppable (branch, forward) pairs that was dropped, pinned forwards included.
         realised_flops_rate: the same, branches weighted by the backward FLOPs that dropping them saves.
         attainable_rate: what the pattern makes of the rates in the long run, one trainable branch always being kept.
@@ -59,8 +63,9 @@ class BackendStats:
 class DropBPBackend:
     """A ``torch.compile`` backend that drops residual branches in the backward pass. Made by :func:`dropbp_backend`.
 
-    One backend may serve several models and graphs: branches of equal names count as one. Layers that are compiled one by
-    one are told apart after :meth:`register`. Deep copies share the
+    One backend may serve several models and graphs. Patterns are drawn for each model on its own; the branches of the second
+    model have ``@2`` behind their names, and so on in the order in which models first run or are registered. Layers that
+    are compiled one by one are told apart after :meth:`register`. Deep copies share the
     original's policy and compiled code (a library that copies the backend must not part it from the handle its user
     holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
     """
@@ -89,10 +94,10 @@ class DropBPBackend:
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
         lowering = self.lowering(compiler)
         graph = lowering.capture(gm)
-        if graph is None:
+        if isinstance(graph, MetBranches):
             compiled = compiler.whole(gm, example_inputs)
             compiler.counts.graphs += 1
-            return compiled
+            return lowering.watched(graph, compiled)
         with _torch.unseen_by_ddp_optimizer(gm):
             runner = lowering.runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
@@ -200,9 +205,13 @@ class DropBPBackend:
                 "the first forward of a compiled layer."
             )
         self._state.modules.register(model)
+        self._state.models.register(model)
 
     def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop exactly these branches, given by index or name.
+
+        Where the backend serves several models, an index or a name of the first model's means the branches of that name in
+        all of them; an object of :attr:`branches` means that one.
 
         Raises:
             IndexError, KeyError, TypeError: the model has no such branch.
@@ -215,6 +224,28 @@ class DropBPBackend:
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, compute exact full gradients."""
         return self._state.schedule.override(())
+
+    def repeated(self, forwards: int = 1) -> contextlib.AbstractContextManager[None]:
+        """Forwards within the block, in this thread, drop what the last forward before it dropped, rescaled alike.
+
+        An optimizer that takes two forwards and backwards a step (SAM) thus sees one function in both::
+
+            loss_of(model).backward()
+            optimizer.first_step(zero_grad=True)
+            with backend.repeated():
+                loss_of(model).backward()
+            optimizer.second_step(zero_grad=True)
+
+        Args:
+            forwards: how many forwards of each model to repeat, in their order and then from the first again: as many as
+                the model runs in a step, micro-batches of an accumulated gradient included. Forwards that repeat others
+                are not counted back, pinned ones are.
+
+        Raises:
+            TypeError, ValueError: ``forwards`` is no count of at least 1.
+            RuntimeError: this thread has not run as many training forwards, or not since a state was loaded.
+        """
+        return self._state.schedule.repeat(checked_repeats(forwards))
 
     def agree_across(self, group: Any = None, *, every: int = 100, timeout_s: float = 600.0) -> None:
         """In a distributed run: say which ranks must drop alike, and how they make sure of it.

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
@@ -17,18 +18,18 @@ from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, f
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.hooks import settle_hooks
-from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
-from dropbp_fx.policy.branches import Branch
+from dropbp_fx.meeting import enter, meet, parameters_of
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
 from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import Policy, RegionRunner
-from dropbp_fx.runtime.instances import Anchors, Instances
+from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.runtime.whole import WholeRunner
 from dropbp_fx.state import BackendState, GraphPolicy
 
 log = logging.getLogger("dropbp_fx")
@@ -52,9 +53,10 @@ class Lowering:
     state: BackendState
     compiler: Compiler
 
-    def capture(self, gm: fx.GraphModule, *, whole: bool = False) -> CapturedGraph | None:
+    def capture(self, gm: fx.GraphModule, *, whole: bool = False) -> CapturedGraph | MetBranches:
         """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
-        dropped is ``None`` and left as it was; with ``whole``, for an explanation, it is one region and no warning is due.
+        dropped is left as it was, and only its branches are met; with ``whole``, for an explanation, it is one region and
+        no warning is due.
         """
         if self.config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
@@ -64,20 +66,20 @@ class Lowering:
             if whole:
                 raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
             self._report_unsupported(str(error))
-            return None
+            return meet(self.state, gm, find_branches(gm).branches, may_drop=False)
         gm = settle_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = self._meet(gm, search.branches)
+        found = meet(self.state, gm, search.branches)
         met, droppable = found.branches, found.droppable
         if not whole:
             self._report_absence(gm, search.branches)
         if not droppable and not whole:
-            return None
+            return found
         facts = {
-            branch.index: describe_branch(residual, _parameters_of(residual))
+            branch.index: describe_branch(residual, parameters_of(residual))
             for branch, residual in zip(met, search.branches, strict=True)
         }
         branches = [search.branches[position] for position in droppable]
@@ -96,91 +98,38 @@ class Lowering:
             met=found,
             below=self.config.drop == "below",
         )
-        self._find_ways_to_trainable_inputs(graph)
-        return graph
+        return self._with_ways_to_trainable_inputs(graph)
 
-    def _find_ways_to_trainable_inputs(self, graph: CapturedGraph) -> None:
+    def _with_ways_to_trainable_inputs(self, graph: CapturedGraph) -> CapturedGraph:
         """A branch without trainable parameters counts as trainable if, it alone being kept, something is trained that is
         not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
         dropped, nothing would be left to train.
         """
-        frozen = [k for k, index in enumerate(graph.indices) if not self.state.schedule.branches[index].trainable]
-        if not frozen:
-            return
-        everything = frozenset(range(len(graph.indices)))
-        without = graph.planner.reached(everything)
-        for k in frozen:
-            alone = graph.planner.reached(everything - {k})
-            leads = any(inputs & ~known for inputs, known in zip(alone, without, strict=True))
-            self.state.schedule.branches[graph.indices[k]].trainable = leads
+        met = graph.met
+        frozen = [k for k, index in enumerate(graph.indices) if index not in met.presence.trainable]
+        leading: set[int] = set()
+        if frozen:
+            everything = frozenset(range(len(graph.indices)))
+            without = graph.planner.reached(everything)
+            for k in frozen:
+                alone = graph.planner.reached(everything - {k})
+                if any(inputs & ~known for inputs, known in zip(alone, without, strict=True)):
+                    leading.add(met.droppable[k])
+        found = met.with_trainable(leading)
+        if found.training:
+            self.state.schedule.present(found.presence, in_part=True)  # until its forward
+        if found is met:
+            return graph
+        whole = dataclasses.replace(graph, met=found)
+        whole.__dict__["planner"] = graph.planner
+        return whole
 
-    def _meet(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> MetBranches:
-        """Enter the graph's branches into the table."""
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        owners = _torch.outermost_modules(placeholders)
-        names = name_branches(branches)
-        prefixes = {owned.module: "" for owned in owners.values()}
-        # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
-        for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
-            prefixes[module] = self.state.modules.path_of(module)
-        met: list[Branch] = []
-        droppable: list[int] = []
-        homes: list[torch.nn.Module] = []
-        for position, (branch, name) in enumerate(zip(branches, names, strict=True)):
-            parameters = _parameters_of(branch)
-            roots = [owners[node].module for node in parameters if node in owners]
-            homes.extend(roots[:1])
-            modes = {root.training for root in roots}
-            full = name.below(prefixes[roots[0]]) if roots else name
-            wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
-            drops = torch.is_grad_enabled() and wanted and modes != {False}
-            trainable = any(example_value(node).requires_grad for node in parameters)
-            met.append(self.state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
-            if drops:
-                droppable.append(position)
-            log.info(
-                "residual branch %s in layer %s%s", full.name, full.layer, "" if drops else " (never dropped here)"
-            )
-        home = homes[0] if homes else None
-        named = [
-            (position, name_of)
-            for position, node in enumerate(placeholders)
-            if node in owners and home is not None and owners[node].module is home
-            if (name_of := parameter_name(home, owners[node].value)) is not None
-        ]
-        anchors = named[:: max(len(named) - 1, 1)][:2]  # the first and the last
-        return MetBranches(
-            branches=tuple(met),
-            names=names,
-            droppable=tuple(droppable),
-            anchors=Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors)),
-            prefix=prefixes[home] if home is not None else "",
-        )
-
-    def _enter(self, graph: CapturedGraph, parameters: Sequence[torch.Tensor]) -> Policy:
-        """The policy for the module of these parameters, one that ``graph`` serves: its branches are met like others."""
+    def _enter(self, graph: CapturedGraph, parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
+        """The policy for the module of these parameters, one that ``graph`` serves."""
         met, state = graph.met, self.state
-        prefix = state.modules.prefix_of(parameters, met.anchors.names)
-        if prefix is None and not state.warned_of_sharing:
-            state.warned_of_sharing = True
-            names = ", ".join(branch.name for branch in met.branches[:3])
-            warnings.warn(
-                f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
-                "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
-                "its first forward.",
-                stacklevel=2,
-            )
-        if prefix is None or prefix == met.prefix:
-            return GraphPolicy(state, graph.indices, graph.below)
-        schedule = state.schedule
-        own: list[Branch] = []
-        for branch, name in zip(met.branches, met.names, strict=True):
-            full = name.below(prefix)
-            mine = schedule.meet(full.name, full.layer, trainable=branch.trainable, droppable=branch.droppable)
-            schedule.weigh(mine.index, branch.backward_flops)
-            own.append(mine)
-            log.info("residual branch %s in layer %s (code of %s)", full.name, full.layer, branch.name)
-        schedule.assign()
+        own = enter(state, met, parameters)
+        if own is None:
+            return GraphPolicy(state, graph.indices, graph.below, met.presence)
         index_of = {branch.index: mine.index for branch, mine in zip(met.branches, own, strict=True)}
         twin = dataclasses.replace(
             graph,
@@ -190,7 +139,7 @@ class Lowering:
         twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
         if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
             state.graphs.append(twin)
-        return GraphPolicy(state, twin.indices, twin.below)
+        return GraphPolicy(state, twin.indices, twin.below, met.presence_of(own, arguments))
 
     def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
         trains = torch.is_grad_enabled() and any(
@@ -262,7 +211,7 @@ class Lowering:
         schedule.assign()
         policies: Instances[Policy] = Instances(
             graph.met.anchors,
-            GraphPolicy(self.state, graph.indices, graph.below),
+            GraphPolicy(self.state, graph.indices, graph.below, graph.met.presence),
             functools.partial(self._enter, graph),
         )
         runner = RegionRunner(graph, policies)
@@ -274,20 +223,16 @@ class Lowering:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
 
+    def watched(self, met: MetBranches, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A training graph in which nothing can be dropped: its forwards count, and say that it cannot."""
+        if not met.training:
+            return compiled
+        below = self.config.drop == "below"
 
-def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:
-    """Graph inputs that a branch reads and that are tensors of floating point: its parameters and buffers."""
-    graph_inputs: dict[fx.Node, None] = {}
-    for node in branch.body:
-        for parent in node.all_input_nodes:
-            if parent.op == "placeholder":
-                # Inside nested checkpoints it cannot be told which operand is meant: any of them may be.
-                outer = branch.in_top_graph(parent)
-                graph_inputs.update(dict.fromkeys([outer] if outer is not None else branch.anchor.all_input_nodes))
-    return [
-        node
-        for node in graph_inputs
-        if node.op == "placeholder"
-        and isinstance(example_value(node), torch.Tensor)
-        and example_value(node).is_floating_point()
-    ]
+        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
+            own = enter(self.state, met, parameters)
+            presence = met.presence if own is None else met.presence_of(own, arguments)
+            return GraphPolicy(self.state, (), below, presence)
+
+        first: Policy = GraphPolicy(self.state, (), below, met.presence)
+        return WholeRunner(compiled, Instances(met.anchors, first, enter_module))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+
+from torch import nn
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
 from dropbp_fx.graph.naming import ModuleTree
+from dropbp_fx.graph.owners import Models
+from dropbp_fx.policy.presence import Presence
 from dropbp_fx.policy.rates import Rates
 from dropbp_fx.policy.schedule import Schedule
 from dropbp_fx.runtime.calibration import Calibration
@@ -32,11 +37,16 @@ class BackendState:
     runners: list[RegionRunner]
     graphs: list[CapturedGraph]
     modules: ModuleTree
+    models: Models
     observer: Observer
     listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
     calibration: Calibration | None = None
     calibrating_thread: int = 0
+    holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
+        default_factory=weakref.WeakValueDictionary
+    )
     warned_of_sharing: bool = False
+    warned_of_namesakes: bool = False
     step_watch: CompiledStepWatch | None = None
 
     @classmethod
@@ -56,7 +66,7 @@ class BackendState:
             reallocate_every=config.reallocate_every,
             configuration=config.described(),
         )
-        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
+        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Models(), Observer(schedule), [])
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -71,7 +81,8 @@ class BackendState:
 
 @dataclasses.dataclass(frozen=True)
 class GraphPolicy:
-    """What the policy says to one graph, whose branches have the ``indices`` in the backend's table.
+    """What the policy says to one graph, whose droppable branches have the ``indices`` in the backend's table, and what the
+    graph says to the policy: its ``presence``.
 
     With ``below``, nothing that runs before the model's first kept branch is trained, if its first branch is dropped.
     """
@@ -79,11 +90,12 @@ class GraphPolicy:
     state: BackendState
     indices: tuple[int, ...]
     below: bool
+    presence: Presence
 
     def draw(self) -> Drawn:
         self.state.observer.reallocate_if_due()
         schedule = self.state.schedule
-        dropped = schedule.draw(self.indices, self._check_ddp)
+        dropped = schedule.draw(self.indices, self.presence, self._check_ddp)
         for listen in self.state.listeners:
             listen(self.indices, dropped)
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
@@ -106,4 +118,7 @@ class GraphPolicy:
 
     def calibration(self) -> Calibration | None:
         mine = threading.get_ident() == self.state.calibrating_thread or _torch.in_backward()
-        return self.state.calibration if mine else None
+        if self.state.calibration is None or not mine:
+            return None
+        self.state.schedule.present(self.presence)  # what is measured is what can be dropped now
+        return self.state.calibration

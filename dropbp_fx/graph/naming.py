@@ -44,6 +44,10 @@ class ModuleTree:
     def __init__(self) -> None:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+    def roots_around(self, module: nn.Module) -> list[nn.Module]:
+        """``module`` and the modules met before that hold it."""
+        return [module, *(root for root in list(self._roots) if root is not module and module in set(root.modules()))]
+
     def register(self, model: nn.Module) -> None:
         """Name what belongs to ``model`` from there on after its place in it."""
         parts = set(map(id, model.modules()))
@@ -61,8 +65,10 @@ class ModuleTree:
             self._roots.add(module)
         return ""
 
-    def prefix_of(self, parameters: Sequence[Tensor], names: Sequence[str]) -> str | None:
-        """The path of the module that calls ``parameters`` by these ``names``, ``None`` if no such module is known."""
+    def place_of(self, parameters: Sequence[Tensor], names: Sequence[str]) -> tuple[nn.Module, str] | None:
+        """Where the module is that calls ``parameters`` by these ``names``: in which module met before, and its path there.
+        ``None`` if no such module is known.
+        """
         for root in list(self._roots):
             paths: dict[int, list[str]] = {}  # a tied parameter has several
             for path, p in root.named_parameters(remove_duplicate=False):
@@ -73,7 +79,7 @@ class ModuleTree:
             ]
             common = set[str].intersection(*prefixes) if prefixes else set()
             if len(common) == 1:
-                return common.pop()
+                return root, common.pop()
         return None
 
 

@@ -46,8 +46,8 @@ class _Counts:
 
     @classmethod
     def of(cls, backend: DropBPBackend) -> _Counts:
-        droppable = [branch for branch in backend.branches if branch.droppable]
-        return cls(sum(b.times_seen for b in droppable), sum(b.times_dropped for b in droppable))
+        branches = backend.branches
+        return cls(sum(b.times_seen for b in branches), sum(b.times_dropped for b in branches))
 
 
 class DropBPCallback(TrainerCallback):

@@ -15,15 +15,16 @@ class Branch:
 
     Attributes:
         index: its position in execution order, the number :meth:`DropBPBackend.pinned` takes.
-        name: unique and readable, from the module tree (``model.layers.3.self_attn``).
+        name: unique and readable, from the module tree (``model.layers.3.self_attn``); with ``@2`` behind it in the second
+            model of a backend.
         layer: the layer it belongs to (``model.layers.3``).
         rate: its drop rate at present, in [0, 1).
         trainable: whether it has parameters that require a gradient, or a gradient passes through it to something trainable
-            that it reaches in no other way, such as the prefix of prefix tuning.
+            that it reaches in no other way, such as the prefix of prefix tuning. As of its last forward, like the next.
         droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
             parameter there is nothing to drop, and the branch takes no part in the draw.
         backward_flops: floating-point operations that dropping it saves in one backward, from its joint graph.
-        times_seen: training forwards it took part in.
+        times_seen: training forwards in which it could be dropped.
         times_dropped: how many of them dropped it.
     """
 
@@ -38,9 +39,25 @@ class Branch:
     times_dropped: int = 0
 
     @property
+    def model(self) -> int:
+        """The number of the model it belongs to, from 1 in the order in which a backend met its models."""
+        return _split(self.name)[1]
+
+    @property
     def realised_rate(self) -> float:
         """The share of its training forwards that dropped it, 0 before the first."""
         return self.times_dropped / self.times_seen if self.times_seen else 0.0
+
+
+def in_model(name: str, number: int) -> str:
+    """What a branch or a layer called ``name`` is called in the model of this number."""
+    return name if number == 1 else f"{name}@{number}"
+
+
+def _split(name: str) -> tuple[str, int]:
+    """What a branch is called in its model, and the model's number."""
+    plain, mark, number = name.rpartition("@")
+    return (plain, int(number)) if mark and number.isdecimal() else (name, 1)
 
 
 class BranchTable:
@@ -49,6 +66,9 @@ class BranchTable:
     def __init__(self) -> None:
         self._branches: dict[str, Branch] = {}
         self._order: list[Branch] = []
+        self._models: list[int] = []
+        self._by_model: dict[int, list[Branch]] = {}
+        self._namesakes: dict[str, list[int]] = {}
 
     def __iter__(self) -> Iterator[Branch]:
         return iter(self._order)
@@ -67,23 +87,45 @@ class BranchTable:
         """The branch called ``name``, new or known."""
         branch = self._branches.get(name)
         if branch is None:
-            branch = self._branches[name] = Branch(len(self._order), name, layer, rate)
-            self._order.append(branch)
+            branch = Branch(len(self._order), name, layer, rate)
+            self._enter(branch)
         return branch
 
     def become(self, records: Sequence[Branch]) -> None:
         """Hold exactly these, in this order. Whoever holds a known branch of one of the names sees it change."""
-        order: list[Branch] = []
+        known, self._branches = self._branches, {}
+        self._order, self._models, self._by_model, self._namesakes = [], [], {}, {}
         for record in records:
-            branch = self._branches.get(record.name, record)
+            branch = known.get(record.name, record)
             for field in dataclasses.fields(Branch):
                 setattr(branch, field.name, getattr(record, field.name))
-            order.append(branch)
-        self._order = order
-        self._branches = {branch.name: branch for branch in order}
+            self._enter(branch)
+
+    def _enter(self, branch: Branch) -> None:
+        plain, model = _split(branch.name)
+        self._branches[branch.name] = branch
+        self._order.append(branch)
+        self._models.append(model)
+        self._by_model.setdefault(model, []).append(branch)
+        self._namesakes.setdefault(plain, []).append(branch.index)
+
+    @property
+    def models(self) -> tuple[int, ...]:
+        """The numbers of the models that have branches."""
+        return tuple(self._by_model)
+
+    def model_of(self, index: int) -> int:
+        """The number of the model that a branch belongs to."""
+        return self._models[index]
+
+    def of(self, model: int) -> Sequence[Branch]:
+        """The branches of one model, in the order they were first met."""
+        return self._by_model.get(model, ())
 
     def resolve(self, chosen: Iterable[int | str | Branch]) -> frozenset[int]:
         """Indices of branches given by index, name or object.
+
+        An index or a name of the first model's stands for the branches of that name in all models, an object for itself.
 
         Raises:
             IndexError: an index is out of range.
@@ -92,6 +134,7 @@ class BranchTable:
         """
         found: set[int] = set()
         for item in checked_choice(chosen):
+            single = isinstance(item, Branch)
             if isinstance(item, Branch):
                 item = item.name
             if isinstance(item, int):
@@ -100,11 +143,12 @@ class BranchTable:
                         f"There is no branch {shown(item)}: the model has {len(self)} residual branches, numbered 0 to "
                         f"{len(self) - 1} in execution order."
                     )
-                found.add(item)
-            elif item in self._branches:
-                found.add(self._branches[item].index)
-            else:
+                item = self._order[item].name
+            if item not in self._branches:
                 raise KeyError(unknown_name(item, self._branches))
+            found.add(self._branches[item].index)
+            if not single and len(self._by_model) > 1:
+                found.update(self._namesakes.get(item, ()))
         return frozenset(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 from dropbp_fx.policy.allocation import allocate
@@ -55,22 +55,30 @@ class Rates:
             TypeError, ValueError: the schedule gives no rate at this progress.
         """
         current = self.current
-        shares = [branch for branch in branches if branch.droppable]
         rates = dict.fromkeys((branch.name for branch in branches), current)
-        if self.allocation == "sensitivity" and shares and all(b.name in self.sensitivities for b in shares):
-            allocated = allocate(
-                [self.sensitivities[branch.name] for branch in shares],
-                [float(branch.backward_flops) for branch in shares],
-                min(current, self.max_rate),
-                max_rate=self.max_rate,
-                rescale=self.rescale,
-            )
-            rates.update(zip((branch.name for branch in shares), allocated, strict=True))
+        if self.allocation == "sensitivity":
+            for shares in self._shares(branches):
+                allocated = allocate(
+                    [self.sensitivities[branch.name] for branch in shares],
+                    [float(branch.backward_flops) for branch in shares],
+                    min(current, self.max_rate),
+                    max_rate=self.max_rate,
+                    rescale=self.rescale,
+                )
+                rates.update(zip((branch.name for branch in shares), allocated, strict=True))
         factor = current / self.rate if self.rate else 1.0
         for name, by_hand in self.by_hand.items():
             if name in rates:
                 rates[name] = min(by_hand * factor, max(self.max_rate, by_hand))
         return [rates[branch.name] for branch in branches]
+
+    def _shares(self, branches: Sequence[Branch]) -> Iterable[list[Branch]]:
+        """The branches that share out a model's budget: a branch that was never measured has the model's rate."""
+        models: dict[int, list[Branch]] = {}
+        for branch in branches:
+            if branch.droppable and branch.name in self.sensitivities:
+                models.setdefault(branch.model, []).append(branch)
+        return models.values()
 
 
 def check_attainable(rate: float, allocation: str, max_rate: float) -> None:

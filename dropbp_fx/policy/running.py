@@ -28,8 +28,6 @@ from collections.abc import Mapping, Sequence
 
 from dropbp_fx.policy.sensitivity import Metric
 
-_STEM = ""
-
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
@@ -77,8 +75,13 @@ class SavedAverage:
     total: float
     weight: float
 
+    @property
+    def is_of_stem(self) -> bool:
+        """Whether it is of what lies before the branches of a model."""
+        return self.name.partition("@")[0] == ""
+
     def __post_init__(self) -> None:
-        fields = [field.name for field in dataclasses.fields(Observed)] if self.name != _STEM else ["own"]
+        fields = [field.name for field in dataclasses.fields(Observed)] if not self.is_of_stem else ["own"]
         if self.field not in fields:
             raise ValueError(
                 f"The average of {self.name!r} must be of {' or '.join(map(repr, fields))}, not {self.field!r}."
@@ -100,27 +103,32 @@ class RunningSensitivity:
         self._decay = decay
         self._averages: dict[tuple[str, str], _Average] = {}
 
-    def observe(self, branches: Mapping[str, Observed], stem: float | None) -> None:
+    def observe(self, branches: Mapping[str, Observed], stem: float | None, stem_name: str = "") -> None:
         """Take note of a step.
 
         Args:
             branches: what it showed of branches, by name.
             stem: w of everything before the first branch, taken together.
+            stem_name: tells the stems of several models apart.
         """
-        for name, observed in {**branches, _STEM: Observed(own=stem)}.items():
+        for name, observed in {**branches, stem_name: Observed(own=stem)}.items():
             for field, value in dataclasses.asdict(observed).items():
                 if value is not None and math.isfinite(value):  # under fp16 the gradients of a skipped step are not
                     self._averages.setdefault((name, field), _Average()).add(value, self._decay)
 
-    def estimate(self, names: Sequence[str], metric: Metric = "gradient") -> dict[str, float] | None:
-        """Sensitivities of the branches ``names``, in execution order; ``None`` before each was kept in some step."""
+    def estimate(
+        self, names: Sequence[str], metric: Metric = "gradient", stem_name: str = ""
+    ) -> dict[str, float] | None:
+        """Sensitivities of the branches ``names`` of one model, in execution order; ``None`` before each was kept in some
+        step.
+        """
         if any((name, "own") not in self._averages for name in names):
             return None
         arriving, own = 1.0, dict.fromkeys(names, 0.0)
         for name in reversed(names):
             own[name] = self._ratio(name, "own", 0.0) * arriving**2
             arriving *= self._ratio(name, "kept", 1.0)
-        below = self._ratio(_STEM, "own", 0.0) * arriving**2
+        below = self._ratio(stem_name, "own", 0.0) * arriving**2
         found: dict[str, float] = {}
         for name in names:
             kept = self._ratio(name, "kept", 1.0)

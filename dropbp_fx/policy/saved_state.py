@@ -124,7 +124,7 @@ class SavedState:
             )
         _check_distinct("'branches'", self.names)
         _check_known("'rates_by_hand'", self.rates_by_hand, self.names)
-        _check_known("'running'", [average.name for average in self.running if average.name], self.names)
+        _check_known("'running'", [average.name for average in self.running if not average.is_of_stem], self.names)
         if self.sensitivity is not None:
             _check_known("'sensitivity'", self.sensitivity.names, self.names)
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from dropbp_fx.policy.branches import Branch, BranchTable
+from dropbp_fx.policy.branches import Branch, BranchTable, in_model
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
+from dropbp_fx.policy.presence import Presence, PresentBranches
 from dropbp_fx.policy.ramps import RateSchedule
 from dropbp_fx.policy.ranks import Proposal, RankAgreement, in_words
 from dropbp_fx.policy.rates import Rates, check_attainable
+from dropbp_fx.policy.rounds import Forward, PerThread, Pinned, Repeated, Round
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.saved_state import Granularity, SavedState
@@ -27,31 +29,6 @@ from dropbp_fx.policy.values import shown
 _OBSERVE_EVERY = 20
 #: A run whose schedule has not moved by this many forwards was probably never told of its progress.
 _PROGRESS_EXPECTED_BY = 100
-
-
-@dataclasses.dataclass
-class _Round:
-    """One pattern for the whole model. A model that Dynamo broke into several graphs consumes it piece by piece."""
-
-    number: int = 0
-    epoch: int = 0
-    drawn: set[int] = dataclasses.field(default_factory=set)
-    dropped: set[int] = dataclasses.field(default_factory=set)
-    used: set[int] = dataclasses.field(default_factory=set)
-
-
-class _PerThread(threading.local):
-    """Forwards of different threads do not share a round, nor one thread's ``pinned()`` another's forwards."""
-
-    def __init__(self) -> None:
-        self.round = _Round()
-        self.overrides: list[_Override] = []
-
-
-@dataclasses.dataclass
-class _Override:
-    chosen: tuple[int | str | Branch, ...]
-    unmet: set[int | str]
 
 
 class Schedule:
@@ -82,6 +59,7 @@ class Schedule:
         configuration: Mapping[str, str] | None = None,
     ) -> None:
         self.branches = BranchTable()
+        self._present = PresentBranches(self.branches)
         self.ranks = RankAgreement()
         self.granularity: Granularity = granularity
         self.forwards = 0
@@ -101,7 +79,7 @@ class Schedule:
         self._configuration = dict(configuration or {})
         self._agreed = False  # all ranks have agreed on the branches and on the state that was loaded last
         self._weighed: set[int] = set()  # branches whose FLOPs are settled
-        self._thread = _PerThread()
+        self._thread = PerThread()
         self.sensitivity: Sensitivity | None = None
         self._epoch = 0  # loading a state ends every thread's round
         self._lock = threading.RLock()
@@ -164,8 +142,9 @@ class Schedule:
         """Take note of measured sensitivities."""
         with self._lock:
             by_name = dict(zip(sensitivity.names, sensitivity.values, strict=True))
-            self._go_by(dataclasses.replace(self.rates, sensitivities=by_name))
-            self.sensitivity = sensitivity
+            known, measured = _without_unreached(tuple(self.branches), by_name, sensitivity)
+            self._go_by(dataclasses.replace(self.rates, sensitivities=known))
+            self.sensitivity = measured
 
     def agree_across(self, group: Any, *, every: int, timeout_s: float) -> None:
         """Patterns are to be alike on the ranks of ``group``, and only there."""
@@ -184,9 +163,9 @@ class Schedule:
             ValueError: everything trainable would be dropped.
         """
         items = tuple(chosen)
-        override = _Override(items, set())
+        override = Pinned(items, set())
         if len(self.branches):
-            self._check_keeps_one(self.branches.resolve(items))
+            self._check_keeps_one(self.branches.resolve(items), self.branches.models)
         else:
             override.unmet = {item.name if isinstance(item, Branch) else item for item in items}
         self._thread.overrides.append(override)
@@ -196,6 +175,28 @@ class Schedule:
             self._thread.overrides.pop()
         if override.unmet and len(self.branches):
             self.branches.resolve(override.unmet)
+
+    @contextlib.contextmanager
+    def repeat(self, forwards: int) -> Iterator[None]:
+        """Within the block (and this thread) drop what the last ``forwards`` forwards of each model dropped, in their order.
+
+        Raises:
+            RuntimeError: no model has run as many in this thread.
+        """
+        with self._lock:
+            earlier = self._thread.last(forwards, self._epoch)
+        if not earlier:
+            many = "a training forward" if forwards == 1 else f"{forwards} training forwards"
+            raise RuntimeError(
+                f"repeated({'' if forwards == 1 else forwards}) repeats the pattern of {many} of this thread, but no model "
+                "has run as many in it since this backend was made or a state was loaded. Run the forward to be repeated "
+                "first, outside of the block."
+            )
+        self._thread.overrides.append(Repeated(earlier))
+        try:
+            yield
+        finally:
+            self._thread.overrides.pop()
 
     # ---- what the compiled graphs call -----------------------------------------------------------------------------
 
@@ -216,14 +217,33 @@ class Schedule:
             branch = self.branches.meet(name, layer, rate=self.rates.current)
             if self._expected is not None:
                 self._expected.discard(name)
-            if (trainable and not branch.trainable) or (droppable and not branch.droppable):
-                branch.trainable |= trainable
-                branch.droppable |= droppable
-                self._agreed = False
-            self.assign()
+            if self._present.gain(branch, trainable=trainable, droppable=droppable):
+                self._facts_changed()
+            else:
+                self.assign()
             for override in self._thread.overrides:
-                override.unmet -= {branch.name, branch.index}
+                if isinstance(override, Pinned):
+                    override.unmet -= {branch.name, branch.index}
             return branch
+
+    def present(self, presence: Presence, *, in_part: bool = False) -> None:
+        """Take note of what a graph that is about to run says of its branches (:meth:`PresentBranches.enter`)."""
+        with self._lock:
+            if self._present.enter(presence, in_part=in_part):
+                self._facts_changed()
+
+    def forget(self, model: int) -> None:
+        """A model is no more: none of its branches can be dropped until a graph says so."""
+        with self._lock:
+            self._present.forget(model)
+            self._facts_changed()
+
+    def _facts_changed(self) -> None:
+        """Units, rates and scales are those of what can be dropped now, and ranks agree on it anew."""
+        self._agreed = False
+        branches = tuple(self.branches)
+        known, self.sensitivity = _without_unreached(branches, self.rates.sensitivities, self.sensitivity)
+        self._go_by(dataclasses.replace(self.rates, sensitivities=known))
 
     def weigh(self, index: int, backward_flops: int) -> None:
         """Take note of what dropping a branch saves, unless it is known.
@@ -237,66 +257,114 @@ class Schedule:
                 if backward_flops:
                     self._weighed.add(index)
 
-    def draw(self, indices: Sequence[int], check: Callable[[frozenset[int]], object] | None = None) -> frozenset[int]:
-        """The branches among ``indices`` (those of one graph) that this forward drops.
+    def draw(
+        self,
+        indices: Sequence[int],
+        presence: Presence | None = None,
+        check: Callable[[frozenset[int]], object] | None = None,
+    ) -> frozenset[int]:
+        """The branches among ``indices`` (those of one graph that it can drop) that this forward drops.
+
+        Args:
+            indices: the graph's droppable branches.
+            presence: what the graph says of all its branches; ``None`` for what the table says.
+            check: is shown what was drawn, and may raise.
 
         Whatever is raised, by a pattern of the user's or by ``check`` of what was drawn, the forward then does not count.
 
         Raises:
             ValueError: a pinned pattern drops everything trainable, or a loaded state has branches the model lacks.
+            RuntimeError: the forward is to repeat one that there was none of.
             RankDisagreementError: another rank of a distributed run would not drop the same branches.
         """
+        around = tuple(indices) if presence is None else presence.branches
+        if not around:
+            return frozenset()
         with self._lock, self._undone_if_refused():
+            model = self.branches.model_of(around[0])
+            forward = self._thread.forward(model, around, self._epoch)
+            if presence is not None:
+                self.present(presence, in_part=bool(forward.dropped))
+            if presence is not None and not presence.trains:
+                return frozenset()
             mine = set(indices)
-            pinned = self._pinned()
-            dropped = frozenset(self._take(mine) if pinned is None else pinned & mine)
+            dropped = frozenset(mine.intersection(self._pattern(forward, model, around)))
             if check is not None:
                 check(dropped)
-            self.forwards += min(mine, default=0) == self._first_index(mine)
+            if not forward.counted:
+                forward.counted = True
+                self.forwards += 1
+                if forward.repeats is None:
+                    self._thread.remember(model, forward)
             for index in mine:
                 branch = self.branches[index]
                 branch.times_seen += 1
                 branch.times_dropped += index in dropped
+            forward.dropped |= dropped
             return dropped
 
+    def _pattern(self, forward: Forward, model: int, around: Collection[int]) -> Collection[int]:
+        """What decides which branches of the graph with the branches ``around`` are dropped."""
+        override = self._thread.overrides[-1] if self._thread.overrides else None
+        scales: dict[int, float] = {}
+        if isinstance(override, Repeated):
+            earlier = override.repeated_by(forward, model)
+            forward.pattern, scales = earlier.dropped, earlier.scales
+        elif override is not None:
+            forward.pattern = self._pinned(override, model)
+        else:
+            forward.pattern = self._take(forward, model, around)
+            if self.rates.rescale:
+                scales = {index: self._scale(index) for index in around}
+        forward.scales.update(scales)
+        return forward.pattern
+
     def drops_all_before(self, index: int) -> bool:
-        """Whether the forward just drawn drops every droppable branch that runs before the one at ``index``."""
+        """Whether the forward just drawn drops every droppable branch of the model that runs before the one at ``index``."""
         with self._lock:
-            pinned = self._pinned()
-            dropped = self._thread.round.dropped if pinned is None else pinned
-            return all(branch.index in dropped for branch in self.branches if branch.droppable and branch.index < index)
+            model = self.branches.model_of(index)
+            dropped = self._thread.forwards[model].pattern
+            return all(b.index in dropped for b in self.branches.of(model) if b.droppable and b.index < index)
 
     def scales(self, indices: Sequence[int]) -> tuple[float, ...]:
         """What the forward just drawn multiplies each branch's gradients by if it is kept; empty if by nothing."""
-        if not self.rates.rescale or self._thread.overrides:
+        latest = self._thread.latest
+        if latest is None or not latest.scales:
             return ()
-        with self._lock:
-            return tuple(self._scale(index) for index in indices)
+        return tuple(latest.scales.get(index, 1.0) for index in indices)
 
     @property
     def round_number(self) -> int:
         """The number of this thread's present round, from 1."""
-        return self._thread.round.number
+        latest = self._thread.latest
+        return latest.round.number if latest is not None and latest.round is not None else 0
 
     def observes(self) -> bool:
-        """Whether the forward that was just drawn is to be observed."""
+        """Whether the forward that was just drawn is to be observed: of several models, one forward of each."""
         return (
             self._reallocate_every is not None
             and not self._thread.overrides
-            and self._thread.round.number % _OBSERVE_EVERY == 1
+            and 1 <= self.round_number % _OBSERVE_EVERY <= len(self.branches.models)
         )
 
     def observed(self, branches: Mapping[int, Observed], stem: float | None) -> None:
         """Take note of what a step showed of its kept branches, by index."""
         with self._lock:
-            self._running.observe({self.branches[index].name: found for index, found in branches.items()}, stem)
+            model = self.branches.model_of(next(iter(branches))) if branches else 1
+            named = {self.branches[index].name: found for index, found in branches.items()}
+            self._running.observe(named, stem, in_model("", model))
 
     def running_estimate(self, metric: Metric = "gradient") -> Sensitivity | None:
         """Sensitivities estimated from the steps observed so far, ``None`` while there are too few."""
         with self._lock:
-            names = [branch.name for branch in self.branches if branch.droppable]
-            estimates = self._running.estimate(names, metric) if names else None
-            if estimates is None:
+            estimates: dict[str, float] = {}
+            for model in self.branches.models:
+                names = [branch.name for branch in self.branches.of(model) if branch.droppable]
+                found = self._running.estimate(names, metric, in_model("", model))
+                if found is None:
+                    return None
+                estimates |= found
+            if not estimates:
                 return None
             values = tuple(estimates.get(branch.name, 0.0) for branch in self.branches)
             return Sensitivity(tuple(branch.name for branch in self.branches), values, metric, 1)
@@ -316,47 +384,55 @@ class Schedule:
         """Re-allocation was due, and is done or cannot be done yet."""
         self._reallocated = self._rounds
 
-    def _first_index(self, mine: Collection[int]) -> int:
-        """A forward is counted by the graph that holds the first droppable branch."""
-        return next((b.index for b in self.branches if b.droppable), min(mine, default=0))
-
-    def _pinned(self) -> frozenset[int] | None:
-        """What the innermost :meth:`override` of this thread drops, ``None`` outside of one.
+    def _pinned(self, override: Pinned, model: int) -> frozenset[int]:
+        """What ``override`` drops.
 
         Raises:
             ValueError: everything trainable would be dropped.
         """
-        if not self._thread.overrides:
-            return None
-        override = self._thread.overrides[-1]
         met = [item for item in override.chosen if _plain(item) not in override.unmet]
         dropped = self.branches.resolve(met)
-        self._check_keeps_one(dropped)
+        self._check_keeps_one(dropped, (model,))
         return dropped
 
-    def _check_keeps_one(self, dropped: Collection[int]) -> None:
-        trainable = [branch for branch in self.branches if branch.trainable and branch.droppable]
-        if trainable and all(branch.index in dropped for branch in trainable):
-            raise ValueError(
-                f"The pattern drops all {len(trainable)} branches that have trainable parameters, so nothing would be "
-                "trained. Keep at least one of them."
-            )
+    def _check_keeps_one(self, dropped: Collection[int], models: Sequence[int]) -> None:
+        """Some model keeps something trainable, if any model has something.
 
-    def _take(self, mine: set[int]) -> set[int]:
-        current = self._thread.round
-        if not current.number or current.epoch != self._epoch or mine & current.used:
-            self._check_state_is_complete()
+        Raises:
+            ValueError: none does.
+        """
+        trainable = [b for model in models for b in self.branches.of(model) if b.trainable and b.droppable]
+        if not trainable or any(branch.index not in dropped for branch in trainable):
+            return
+        # What the table says is as of the last forward: something may have been unfrozen since, or all of this frozen.
+        now = {b.index for model in models for b in self.branches.of(model) if self._present.requires_gradient(b.index)}
+        if now and not now <= set(dropped):
+            return
+        raise ValueError(
+            f"The pattern drops all {len(trainable)} branches that have trainable parameters, so nothing would be "
+            "trained. Keep at least one of them."
+        )
+
+    def _take(self, forward: Forward, model: int, around: Collection[int]) -> set[int]:
+        current = forward.round
+        if current is None or current.epoch != self._epoch:
+            self._check_state_is_complete(model)
             self._rounds += 1
             self._advance()
-            current = self._thread.round = _Round(number=self._rounds, epoch=self._epoch)
+            current = forward.round = Round(self._rounds, self._epoch, self._present.version)
             if self._agreed and self.ranks.needed:
                 self.ranks.compare(self._rounds, self._facts)
-        if not mine <= current.drawn:
+        if current.version != self._present.version:  # a piece of the model is not what it was when the round was drawn
+            current.keep_only(forward.seen.difference(around))
+            current.version = self._present.version
+        if not current.drawn.issuperset(around):
+            if self._present.ask([b for b in self.branches.of(model) if b.index not in forward.seen]):
+                self._facts_changed()
+                current.version = self._present.version
             if not self._agreed and self.ranks.needed:
                 self._agree()
-            self._extend(current)
-        current.used |= mine
-        return current.dropped & mine
+            self._extend(current, model)
+        return current.dropped
 
     def _agree(self) -> None:
         """Before a draw from branches or a state that are new: all ranks must have them alike, or all raise.
@@ -421,12 +497,12 @@ class Schedule:
             self._scales = {index: 1.0 / (1.0 - share) if share < 1 else 1.0 for index, share in often.items()}
         return self._scales.get(index, 1.0)
 
-    def _extend(self, current: _Round) -> None:
-        """Draw for every known branch that this round has no answer for yet."""
-        fresh = [b for b in self.branches if b.index not in current.drawn]
+    def _extend(self, current: Round, model: int) -> None:
+        """Draw for every known branch of the model that this round has no answer for yet."""
+        known = self.branches.of(model)
+        fresh = [b for b in known if b.index not in current.drawn]
         kept_one = any(
-            b.trainable and b.droppable and b.index in current.drawn and b.index not in current.dropped
-            for b in self.branches
+            b.trainable and b.droppable and b.index in current.drawn and b.index not in current.dropped for b in known
         )
         groups = self._units([b for b in fresh if b.droppable])
         rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{current.number}:{len(current.drawn)}")
@@ -451,22 +527,23 @@ class Schedule:
         return sum(often.values()) / len(often) if often else 0.0
 
     def _frequencies(self) -> dict[int, float]:
-        """How often the pattern drops each droppable branch, by index."""
-        groups = self._units([b for b in self.branches if b.droppable])
-        often = frequencies(self.pattern, [unit for unit, _ in groups])
-        return {index: share for share, (_, indices) in zip(often, groups, strict=True) for index in indices}
+        """How often the pattern drops each branch that is droppable now, by index."""
+        found: dict[int, float] = {}
+        for model in self.branches.models:
+            groups = self._units([b for b in self.branches.of(model) if b.droppable])
+            often = frequencies(self.pattern, [unit for unit, _ in groups])
+            found |= {index: share for share, (_, indices) in zip(often, groups, strict=True) for index in indices}
+        return found
 
     def realised_rate(self) -> float:
         """The share of (branch, training forward) pairs that was dropped, of those that could be."""
-        droppable = [branch for branch in self.branches if branch.droppable]
-        seen = sum(branch.times_seen for branch in droppable)
-        return sum(branch.times_dropped for branch in droppable) / seen if seen else 0.0
+        seen = sum(branch.times_seen for branch in self.branches)
+        return sum(branch.times_dropped for branch in self.branches) / seen if seen else 0.0
 
     def realised_flops_rate(self) -> float:
         """The same, branches counting by the backward FLOPs that dropping them saves."""
-        droppable = [branch for branch in self.branches if branch.droppable]
-        seen = sum(branch.times_seen * branch.backward_flops for branch in droppable)
-        return sum(branch.times_dropped * branch.backward_flops for branch in droppable) / seen if seen else 0.0
+        seen = sum(branch.times_seen * branch.backward_flops for branch in self.branches)
+        return sum(branch.times_dropped * branch.backward_flops for branch in self.branches) / seen if seen else 0.0
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -478,15 +555,15 @@ class Schedule:
     @contextlib.contextmanager
     def _undone_if_refused(self) -> Iterator[None]:
         """A draw that raises leaves everything as if it had not begun, but for what ranks have agreed on."""
-        rounds, seed, agreed, rates, current = self._rounds, self._seed, self._agreed, self.rates, self._thread.round
-        settled = [branch.rate for branch in self.branches]
+        rounds, seed, agreed, progress = self._rounds, self._seed, self._agreed, self.rates.progress
+        forwards, latest = dict(self._thread.forwards), self._thread.latest
         try:
             yield
         except BaseException:
-            self._rounds, self.rates, self._thread.round = rounds, rates, current
+            self._rounds, self._thread.forwards, self._thread.latest = rounds, forwards, latest
             if self._agreed == agreed:
                 self._seed = seed
-            self._set_rates(settled)
+            self._go_by(dataclasses.replace(self.rates, progress=progress))
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -534,13 +611,15 @@ class Schedule:
             present = tuple(self.branches) if met else ()  # else the table is an earlier state's, and no graph's
             branches = _going_on(present, unmet, saved.branches)
             measured = saved.sensitivity
+            by_name = {} if measured is None else dict(zip(measured.names, measured.values, strict=True))
+            known, measured = _without_unreached(branches, by_name, measured)
             rates = dataclasses.replace(
                 self.rates,
                 rate=saved.rate,
                 progress=saved.progress,
                 schedule=saved.schedule,
                 by_hand=saved.rates_by_hand,
-                sensitivities={} if measured is None else dict(zip(measured.names, measured.values, strict=True)),
+                sensitivities=known,
             )
             settled = rates.of(branches)
 
@@ -562,9 +641,10 @@ class Schedule:
             self.branches.become(branches)
             weighed = {branch.name: branch.backward_flops > 0 for branch in saved.branches}
             self._weighed = {b.index for b in branches if weighed.get(b.name, b.index in self._weighed)}
+            self._present.version += 1
             self._set_rates(settled)
 
-    def _check_state_is_complete(self) -> None:
+    def _check_state_is_complete(self, model: int) -> None:
         """By the second forward after loading, every branch of the state should have turned up.
 
         Those of a state of another model take no part in draws until they do.
@@ -572,17 +652,19 @@ class Schedule:
         if not self._expected:
             return
         if not self._strict_state:
-            for name in self._expected:
-                branch = self.branches.named(name)
-                assert branch is not None
-                branch.trainable = branch.droppable = False
-            self.assign()
-        elif self._thread.round.epoch == self._epoch:
-            missing = sorted(self._expected)
+            strangers = [self.branches.named(name) for name in self._expected]
+            if self._present.lose([branch for branch in strangers if branch is not None]):
+                self._facts_changed()
+            return
+        past = self._thread.past.get(model)
+        if not (past and past[-1].epoch == self._epoch):
+            return
+        missing = [branch.name for branch in self.branches.of(model) if branch.name in self._expected]
+        if missing:
             raise ValueError(
-                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches)} branches, such "
-                f"as {missing[0]!r}, are not in the model. Load the state of the same model, or pass strict=False to "
-                "load_state_dict."
+                f"The loaded state does not fit this model: {len(missing)} of its {len(self.branches.of(model))} branches, "
+                f"such as {min(missing)!r}, are not in the model. Load the state of the same model, or pass strict=False "
+                "to load_state_dict."
             )
 
 
@@ -614,6 +696,26 @@ def _going_on(present: Sequence[Branch], unmet: Collection[str], saved: Sequence
                 branches[-1].trainable = branches[-1].droppable = False
     branches += [dataclasses.replace(record, index=len(present) + k) for k, record in enumerate(records.values())]
     return branches
+
+
+def _without_unreached(
+    branches: Sequence[Branch], known: Mapping[str, float], measured: Sensitivity | None
+) -> tuple[dict[str, float], Sensitivity | None]:
+    """Known and measured sensitivities without those that say nothing: that of a branch that no gradient reaches is 0, which
+    tells nothing of it once a gradient does.
+    """
+    left = dict(known)
+    for branch in branches:
+        if not branch.droppable and left.get(branch.name) == 0:
+            del left[branch.name]
+    if measured is not None:
+        left_out = {branch.name for branch in branches if branch.droppable and branch.name not in left}
+        if not left_out.isdisjoint(measured.names):
+            pairs = zip(measured.names, measured.values, strict=True)
+            kept = [(name, value) for name, value in pairs if name not in left_out]
+            names, values = zip(*kept, strict=True) if kept else ((), ())
+            measured = dataclasses.replace(measured, names=names, values=values)
+    return left, measured
 
 
 def units_of(branches: Iterable[Branch], granularity: Granularity) -> list[tuple[Unit, list[int]]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from dropbp_fx.graph.describe import BranchFacts
 from dropbp_fx.graph.naming import BranchName
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.instances import Anchors
 from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
@@ -25,6 +26,10 @@ class MetBranches:
         droppable: positions of those that this graph may drop.
         anchors: tell other modules apart that the graph serves.
         prefix: where that module is in its model.
+        model: the number of that model.
+        presence: what the graph says of its branches there.
+        parameters: for each branch which arguments are its parameters; ``None`` where they are not all known.
+        training: whether its forwards are training ones, even if nothing in them is trained.
     """
 
     branches: tuple[Branch, ...]
@@ -32,6 +37,43 @@ class MetBranches:
     droppable: tuple[int, ...]
     anchors: Anchors
     prefix: str
+    model: int
+    presence: Presence
+    parameters: tuple[tuple[int, ...] | None, ...]
+    training: bool
+
+    def presence_of(self, own: Sequence[Branch], arguments: Sequence[object]) -> Presence:
+        """What the graph says of its branches in another module, where they are ``own``.
+
+        Args:
+            own: as in the backend's table.
+            arguments: the graph's, when it runs for that module.
+        """
+        index_of = {branch.index: mine.index for branch, mine in zip(self.branches, own, strict=True)}
+        return Presence(
+            branches=tuple(branch.index for branch in own),
+            droppable=frozenset(index_of[index] for index in self.presence.droppable),
+            trainable=frozenset(index_of[index] for index in self.presence.trainable),
+            trains=self.presence.trains,
+            leaves={
+                mine.index: leaves_of([arguments[position] for position in positions])
+                for mine, positions in zip(own, self.parameters, strict=True)
+                if positions is not None
+            },
+        )
+
+    def with_trainable(self, positions: Collection[int]) -> MetBranches:
+        """The same with branches that count as trainable through others' parameters: their own ones tell nothing."""
+        if not positions:
+            return self
+        known = [None if k in positions else own for k, own in enumerate(self.parameters)]
+        indices = {self.branches[position].index for position in positions}
+        presence = dataclasses.replace(
+            self.presence,
+            trainable=self.presence.trainable | indices,
+            leaves={index: leaves for index, leaves in self.presence.leaves.items() if index not in indices},
+        )
+        return dataclasses.replace(self, presence=presence, parameters=tuple(known))
 
 
 @dataclasses.dataclass(frozen=True)

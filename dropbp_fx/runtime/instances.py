@@ -38,10 +38,10 @@ class Instances(Generic[T]):
     Args:
         anchors: where the modules' parameters are among the arguments; if there are none, all modules are one.
         first: what belongs to the module that the graph was compiled for.
-        enter: finds or makes what belongs to the module of the parameters it is given.
+        enter: finds or makes what belongs to the module of the parameters it is given, with all arguments of the call.
     """
 
-    def __init__(self, anchors: Anchors, first: T, enter: Callable[[Sequence[Tensor]], T]) -> None:
+    def __init__(self, anchors: Anchors, first: T, enter: Callable[[Sequence[Tensor], Sequence[Any]], T]) -> None:
         self._anchors = anchors
         self._first = first
         self._enter = enter
@@ -56,6 +56,6 @@ class Instances(Generic[T]):
         known = self._known.get(key)
         if known is not None and all(reference() is p for reference, p in zip(known[0], parameters, strict=True)):
             return known[1]
-        found = self._enter(parameters)
+        found = self._enter(parameters, arguments)
         self._known[key] = tuple(map(weakref.ref, parameters)), found
         return found

@@ -1,0 +1,217 @@
+"""Enter the branches of a graph into the backend's table, for each module that the graph serves."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from dropbp_fx import _torch
+from dropbp_fx.graph.branches import ResidualBranch, example_value
+from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
+from dropbp_fx.graph.owners import running_owner
+from dropbp_fx.policy.branches import Branch, in_model
+from dropbp_fx.policy.presence import Presence, leaves_of
+from dropbp_fx.runtime.captured import MetBranches
+from dropbp_fx.runtime.instances import Anchors
+from dropbp_fx.state import BackendState
+
+log = logging.getLogger("dropbp_fx")
+Owners = dict[fx.Node, _torch.Owned]
+
+
+def meet(
+    state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, may_drop: bool = True
+) -> MetBranches:
+    """Enter the branches of a newly compiled graph, for the module that it is compiled for.
+
+    Without ``may_drop`` the graph runs as it is, and none of them is droppable in it.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    owners = _torch.outermost_modules(placeholders)
+    names = name_branches(branches)
+    prefixes = {owned.module: "" for owned in owners.values()}
+    # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
+    for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
+        prefixes[module] = state.modules.path_of(module)
+    inputs = [parameters_of(branch) for branch in branches]
+    roots = [[owners[node].module for node in nodes if node in owners] for nodes in inputs]
+    homes = [modules[0] for modules in roots if modules]
+    model = _model_of(state, list(dict.fromkeys(homes))) if branches else 1
+    met: list[Branch] = []
+    droppable: list[int] = []
+    trainable: set[int] = set()
+    modes: set[bool] = set()
+    for position, (branch, name, nodes, modules) in enumerate(zip(branches, names, inputs, roots, strict=True)):
+        own_modes = {root.training for root in modules}
+        modes |= own_modes or {True}
+        full, layer = _in_table(name, prefixes[modules[0]] if modules else "", model)
+        wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
+        drops = may_drop and torch.is_grad_enabled() and wanted and own_modes != {False}
+        trains = any(example_value(node).requires_grad for node in nodes if _is_own(owners, node))
+        if modules:
+            _report_namesake(state, full, modules[0])
+        entry = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
+        met.append(entry)
+        if drops:
+            droppable.append(position)
+        if trains:
+            trainable.add(entry.index)
+        log.info("residual branch %s in layer %s%s", full, layer, "" if drops else " (never dropped here)")
+    training = bool(branches) and torch.is_grad_enabled() and True in modes
+    home = homes[0] if homes else None
+    parameters = [_owned_parameters(owners, nodes) for nodes in inputs]
+    position_of = {node: position for position, node in enumerate(placeholders)}
+    presence = Presence(
+        branches=tuple(branch.index for branch in met),
+        droppable=frozenset(met[position].index for position in droppable),
+        trainable=frozenset(trainable),
+        trains=training and (bool(droppable) or _requires_gradient(gm)),
+        leaves={
+            branch.index: leaves_of(owners[node].value for node in own)
+            for branch, own in zip(met, parameters, strict=True)
+        },
+    )
+    return MetBranches(
+        branches=tuple(met),
+        names=names,
+        droppable=tuple(droppable),
+        anchors=_anchors(placeholders, owners, home),
+        prefix=prefixes[home] if home is not None else "",
+        model=model,
+        presence=presence,
+        parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
+        training=training,
+    )
+
+
+def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> list[Branch] | None:
+    """The branches of the module of these parameters, one that a graph serves: met like others.
+
+    Returns:
+        ``None`` for the module that the graph was compiled for, and for one that cannot be told from it.
+    """
+    place = _place(state, met, parameters)
+    if place is None:
+        return None
+    prefix, model = place
+    if (prefix, model) == (met.prefix, met.model):
+        return None
+    own: list[Branch] = []
+    for branch, name in zip(met.branches, met.names, strict=True):
+        full, layer = _in_table(name, prefix, model)
+        trains, drops = branch.index in met.presence.trainable, branch.index in met.presence.droppable
+        mine = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
+        state.schedule.weigh(mine.index, branch.backward_flops)
+        own.append(mine)
+        log.info("residual branch %s in layer %s (code of %s)", full, layer, branch.name)
+    state.schedule.assign()
+    return own
+
+
+def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> tuple[str, int] | None:
+    """Where in its model the module of these parameters is, and the model's number; ``None`` if that cannot be told."""
+    known = state.modules.place_of(parameters, met.anchors.names)
+    if known is not None:
+        root, prefix = known
+        return prefix, _model_of(state, [root])
+    module = running_owner(parameters, met.anchors.names)
+    if module is not None:
+        module = getattr(module, "_orig_mod", module)
+        model = _model_of(state, [module])
+        if model != met.model:
+            return state.modules.path_of(module), model
+    if not state.warned_of_sharing:
+        state.warned_of_sharing = True
+        names = ", ".join(branch.name for branch in met.branches[:3])
+        warnings.warn(
+            f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
+            "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
+            "its first forward; if they are models of their own, register each of them.",
+            stacklevel=2,
+        )
+    return None
+
+
+def _model_of(state: BackendState, roots: Sequence[nn.Module]) -> int:
+    """The number of the model that these modules are, or are parts of."""
+    around = [module for root in roots for module in state.modules.roots_around(root)]
+    number, replaces = state.models.number_of(list(dict.fromkeys(around)))
+    if replaces:
+        state.schedule.forget(number)
+    return number
+
+
+def _in_table(name: BranchName, prefix: str, model: int) -> tuple[str, str]:
+    """What a branch and its layer are called in the table."""
+    full = name.below(prefix)
+    return in_model(full.name, model), in_model(full.layer, model)
+
+
+def _report_namesake(state: BackendState, name: str, root: nn.Module) -> None:
+    """Two modules that run inside of one other may be layers of it or models of their own: that is for the user to say."""
+    known = state.holders.get(name)
+    state.holders.setdefault(name, root)
+    if known is None or known is root or state.warned_of_namesakes:
+        return
+    if root in set(known.modules()) or known in set(root.modules()):
+        return
+    state.warned_of_namesakes = True
+    warnings.warn(
+        f"Two modules of class {type(known).__name__} and {type(root).__name__} have a branch named {name!r}, and run "
+        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
+        "backend.register(model) before its first forward; if they are models of their own, register each of them.",
+        stacklevel=2,
+    )
+
+
+def _anchors(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | None) -> Anchors:
+    """The first and the last argument that is a parameter of the module ``home``."""
+    named = [
+        (position, name_of)
+        for position, node in enumerate(placeholders)
+        if node in owners and home is not None and owners[node].module is home
+        if (name_of := parameter_name(home, owners[node].value)) is not None
+    ]
+    anchors = named[:: max(len(named) - 1, 1)][:2]
+    return Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors))
+
+
+def _owned_parameters(owners: Owners, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """A branch's own parameters among its ``inputs``, if all that are trained are known as objects."""
+    owned = [node for node in inputs if node in owners and isinstance(owners[node].value, nn.Parameter)]
+    trained = [node for node in inputs if _is_own(owners, node) and example_value(node).requires_grad]
+    return owned if set(trained) <= set(owned) else []
+
+
+def _is_own(owners: Owners, node: fx.Node) -> bool:
+    """Whether a graph input that a branch reads is its own, rather than what an earlier graph hands over: the stream."""
+    return node in owners or isinstance(example_value(node), nn.Parameter)
+
+
+def _requires_gradient(gm: fx.GraphModule) -> bool:
+    """Whether a graph returns anything that requires a gradient."""
+    returned = gm.graph.output_node().all_input_nodes
+    values = [example_value(node) for node in returned]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def parameters_of(branch: ResidualBranch) -> list[fx.Node]:
+    """Graph inputs that a branch reads and that are tensors of floating point: its parameters and buffers."""
+    graph_inputs: dict[fx.Node, None] = {}
+    for node in branch.body:
+        for parent in node.all_input_nodes:
+            if parent.op == "placeholder":
+                # Inside nested checkpoints it cannot be told which operand is meant: any of them may be.
+                outer = branch.in_top_graph(parent)
+                graph_inputs.update(dict.fromkeys([outer] if outer is not None else branch.anchor.all_input_nodes))
+    return [
+        node
+        for node in graph_inputs
+        if node.op == "placeholder"
+        and isinstance(example_value(node), Tensor)
+        and example_value(node).is_floating_point()
+    ]
