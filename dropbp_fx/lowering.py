@@ -16,6 +16,7 @@ from dropbp_fx.config import BackendConfig
 from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, find_branches, normalise_inplace_adds
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
+from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
@@ -111,6 +112,7 @@ class Lowering:
         prefixes = {owned.module: "" for owned in owners.values()}
         # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
         for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
+            self._find_home(module)
             prefixes[module] = self.state.modules.path_of(module)
         met: list[Branch] = []
         droppable: list[int] = []
@@ -145,6 +147,13 @@ class Lowering:
             anchors=Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors)),
             prefix=prefixes[home] if home is not None else "",
         )
+
+    def _find_home(self, module: torch.nn.Module) -> None:
+        """Register the model that ``module`` is a layer of, if it is compiled by itself and its callers tell."""
+        if not self.state.modules.knows(module):
+            home = home_of(module, _torch.calling_modules())
+            if home is not None:
+                self.state.modules.register(home)
 
     def _enter(self, graph: CapturedGraph, parameters: Sequence[torch.Tensor]) -> Policy:
         """The policy for the module of these parameters, one that ``graph`` serves: its branches are met like others."""

@@ -51,6 +51,10 @@ class ModuleTree:
             self._roots.discard(root)
         self._roots.add(model)
 
+    def knows(self, module: nn.Module) -> bool:
+        """Whether ``module`` is a module met before or a part of one."""
+        return any(part is module for root in list(self._roots) for part in root.modules())
+
     def path_of(self, module: nn.Module) -> str:
         """Where ``module`` sits in a module met before; empty for a new or outermost one, which is remembered."""
         if module not in self._roots:
