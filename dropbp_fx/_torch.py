@@ -896,7 +896,6 @@ _HOOKS = (
     ("torch._dynamo.eval_frame", "reset_code"),
     ("torch._dynamo", "OptimizedModule"),
     ("torch._dynamo.output_graph", "GraphCompileReason"),
-    ("torch.nn.Module", "_compiled_call_impl"),
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),
