@@ -67,6 +67,7 @@ class DropBPBackend:
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         self._state = BackendState.of(config)
+        self._state.shortfall.expect_a_call()
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -84,6 +85,7 @@ class DropBPBackend:
         if mode is not None and mode != "default":
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
+        self._state.shortfall.called()
         _warn_of_cut_graphs(gm)
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
         lowering = self.lowering(compiler)
@@ -93,7 +95,7 @@ class DropBPBackend:
         with torch.enable_grad() if inside else contextlib.nullcontext():
             graph = lowering.capture(gm)
             if graph is None:
-                compiled = compiler.whole(gm, example_inputs)
+                compiled = lowering.whole(gm, example_inputs)
             else:
                 with _torch.unseen_by_ddp_optimizer(gm):
                     compiled = lowering.runner(graph)

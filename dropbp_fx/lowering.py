@@ -5,19 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, find_branches, normalise_inplace_adds
+from dropbp_fx.graph.branches import (
+    BranchSearch,
+    ResidualBranch,
+    does_work,
+    example_value,
+    find_branches,
+    normalise_inplace_adds,
+)
 from dropbp_fx.graph.copying import copy_graph_module
+from dropbp_fx.graph.coverage import cut_adds, uneven_layers
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.homes import home_of
-from dropbp_fx.graph.naming import name_branches, parameter_name
+from dropbp_fx.graph.naming import module_path, name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
@@ -27,13 +36,10 @@ from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import Policy, RegionRunner
 from dropbp_fx.runtime.instances import Anchors, Instances
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.shortfall import NoResidualBranchWarning, absence_text, cut_text, sharing_text, uneven_text
 from dropbp_fx.state import BackendState, GraphPolicy
 
 log = logging.getLogger("dropbp_fx")
-
-
-class NoResidualBranchWarning(UserWarning):
-    """A training graph has no residual branch, so nothing in it will be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +50,15 @@ class Lowering:
         config: the backend's.
         state: its tables, which the graph is entered into.
         compiler: what makes code of the graph's regions.
+        idle: parameters of branches that would be dropped, were the model not in evaluation mode; filled while capturing.
+        unsettled: those of a graph without branches before a graph break: later pieces of the model may have some.
     """
 
     config: BackendConfig
     state: BackendState
     compiler: Compiler
+    idle: list[weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=list)
+    unsettled: list[weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=list)
 
     def capture(self, gm: fx.GraphModule, *, whole: bool = False) -> CapturedGraph | None:
         """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
@@ -62,8 +72,7 @@ class Lowering:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         found = self._meet(gm, search.branches)
         met, droppable = found.branches, found.droppable
-        if not whole:
-            self._report_absence(gm, search.branches)
+        self._report_gaps(gm, search, quiet=whole)
         if not droppable and not whole:
             return None
         facts = {
@@ -125,6 +134,8 @@ class Lowering:
             full = name.below(prefixes[roots[0]]) if roots else name
             wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
             drops = torch.is_grad_enabled() and wanted and modes != {False}
+            if torch.is_grad_enabled() and wanted and not drops:
+                self.idle.extend(_references(owners[node].value for node in parameters if node in owners))
             trainable = any(example_value(node).requires_grad for node in parameters)
             met.append(self.state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
             if drops:
@@ -159,15 +170,8 @@ class Lowering:
         """The policy for the module of these parameters, one that ``graph`` serves: its branches are met like others."""
         met, state = graph.met, self.state
         prefix = state.modules.prefix_of(parameters, met.anchors.names)
-        if prefix is None and not state.warned_of_sharing:
-            state.warned_of_sharing = True
-            names = ", ".join(branch.name for branch in met.branches[:3])
-            warnings.warn(
-                f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
-                "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
-                "its first forward.",
-                stacklevel=2,
-            )
+        if prefix is None:
+            state.shortfall.report("sharing", sharing_text([branch.name for branch in met.branches[:3]]))
         if prefix is None or prefix == met.prefix:
             return GraphPolicy(state, graph.indices, graph.below)
         schedule = state.schedule
@@ -190,24 +194,40 @@ class Lowering:
             state.graphs.append(twin)
         return GraphPolicy(state, twin.indices, twin.below)
 
-    def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
-        trains = torch.is_grad_enabled() and any(
-            isinstance(example_value(node), torch.Tensor) and example_value(node).requires_grad
-            for node in gm.graph.nodes
-            if node.op == "placeholder"
-        )
-        if branches or len(self.state.schedule.branches) or not trains:
+    def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Code of a graph in which nothing is dropped."""
+        run = self.compiler.whole(gm, inputs)
+        if self.idle:
+            return self.state.shortfall.watched(run, self.idle, "mode")
+        if self.unsettled:
+            return self.state.shortfall.watched(run, self.unsettled, "absence")
+        return run
+
+    def _report_gaps(self, gm: fx.GraphModule, search: BranchSearch, *, quiet: bool) -> None:
+        """Say so where it looks as if there were branches that cannot be dropped; ``quiet`` takes note only."""
+        shortfall = self.state.shortfall
+        ended_by = _torch.graph_break_after(gm)
+        if ended_by is not None:
+            shortfall.breaks[ended_by] = None
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        trains = torch.is_grad_enabled() and any(_requires_grad(node) for node in inputs)
+        if not trains:
             return
-        if not any(does_work(node) for node in gm.graph.nodes):
-            return  # a piece of a model before a graph break, such as its embedding
-        message = (
-            "No residual branch was found in this graph: there is no add x + h of two equally shaped activations where "
-            "h is computed from x by a matrix product, convolution or attention. Nothing will be dropped in it. "
-            "logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
-        )
-        if self.config.strict:
-            raise ValueError(message)
-        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+        cut = cut_adds([rejected.addition for rejected in search.rejected], _activations(inputs))
+        if cut:
+            text = cut_text(len(cut), module_path(cut[0].addition), list(shortfall.breaks))
+            shortfall.report("break", text, error=ValueError, quiet=quiet)
+        uneven = uneven_layers(gm, search.branches)
+        if uneven:
+            shortfall.report("layers", uneven_text(uneven), error=ValueError, quiet=quiet)
+        if search.branches or len(self.state.schedule.branches) or not any(map(does_work, gm.graph.nodes)):
+            return  # work there is none of in a piece of a model before a graph break, such as its embedding
+        if ended_by is not None:
+            self.unsettled.extend(_references(_torch.given_value(node) for node in inputs if _requires_grad(node)))
+        elif not cut:
+            shortfall.report(
+                "absence", absence_text(shortfall.breaks), NoResidualBranchWarning, error=ValueError, quiet=quiet
+            )
 
     def _show(
         self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
@@ -256,10 +276,30 @@ class Lowering:
         )
         runner = RegionRunner(graph, policies)
         self.state.runners.append(runner)
+        self.state.shortfall.watch_first_forwards()
         self.state.graphs.append(graph)
         if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _activations(inputs: Sequence[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """What a graph is about to be called with for the inputs that are computed from parameters, and no parameters."""
+    given = {node: _torch.given_value(node) for node in inputs if _requires_grad(node)}
+    return {
+        node: value
+        for node, value in given.items()
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+    }
+
+
+def _references(values: Iterable[Any]) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(value) for value in values if isinstance(value, torch.nn.Parameter) and value.requires_grad]
 
 
 def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
@@ -19,6 +19,7 @@ from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.observation import Observation, Observer
 from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.shortfall import Listener, Shortfall
 
 
 @dataclasses.dataclass
@@ -32,10 +33,10 @@ class BackendState:
     graphs: list[CapturedGraph]
     modules: ModuleTree
     observer: Observer
-    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
+    listeners: list[Listener]
+    shortfall: Shortfall
     calibration: Calibration | None = None
     calibrating_thread: int = 0
-    warned_of_sharing: bool = False
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:
@@ -54,7 +55,9 @@ class BackendState:
             reallocate_every=config.reallocate_every,
             configuration=config.described(),
         )
-        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), [])
+        listeners: list[Listener] = []
+        shortfall = Shortfall(schedule, listeners, strict=config.strict)
+        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Observer(schedule), listeners, shortfall)
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -82,7 +85,7 @@ class GraphPolicy:
         self.state.observer.reallocate_if_due()
         schedule = self.state.schedule
         dropped = schedule.draw(self.indices)
-        for listen in self.state.listeners:
+        for listen in reversed(self.state.listeners):  # one of them may take itself away
             listen(self.indices, dropped)
         if any(schedule.branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
             raise RuntimeError(

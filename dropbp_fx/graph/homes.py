@@ -1,8 +1,9 @@
 """Find the model that a layer belongs to which Dynamo compiles by itself, from the modules whose forward calls it.
 
-Dynamo hands over single layers where each was compiled, where the graph breaks inside of them, and where it does not trace what
-calls them, such as ``nn.Sequential.forward`` under ``model.compile()``. Their model is running at that moment: it is a module
-up the stack that holds the layer and others like it. Nothing is guessed: two models of one class that no module holds stay apart.
+Dynamo hands over single layers where each was compiled, where the graph breaks inside of them, and where it does not trace
+what calls them, such as ``nn.Sequential.forward`` under ``model.compile()``. Their model is running at that moment: it is a
+module up the stack that holds the layer and others like it. Nothing is guessed: two models of one class that no module holds
+stay apart.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def home_of(layer: nn.Module, callers: Sequence[nn.Module]) -> nn.Module | None:
         callers: the modules whose forward runs now, innermost first.
 
     Returns:
-        The outermost caller that holds ``layer`` and another module of its class. Where ``layer`` was compiled by itself the other
-        one must have been too: a whole model that was compiled is not a layer of whatever holds it. ``None`` if there is none.
+        The outermost caller that holds ``layer`` and another module of its class. Where ``layer`` was compiled by itself the
+        other one must have been too: a whole model that was compiled is not a layer of whatever holds it. ``None`` if there
+        is none.
     """
     around = [unwrapped(caller) for caller in callers]
     itself = any(_torch.is_compiled(caller) and unwrapped(caller) is layer for caller in callers)

@@ -136,8 +136,8 @@ class _Stack:
 
     @classmethod
     def of(cls, branch: ResidualBranch) -> _Stack:
-        add = _module_path(branch.outputs[0][1])
-        work = [_module_path(node) for node in branch.work]
+        add = module_stack(branch.outputs[0][1])
+        work = [module_stack(node) for node in branch.work]
         common = [entry for entry in work[0] if all(entry in other for other in work)] if work else []
         return cls(
             modules=tuple(common or add),
@@ -148,11 +148,12 @@ class _Stack:
 
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost module a node belongs to, empty at the root."""
-    stack = _module_path(node)
+    stack = module_stack(node)
     return stack[-1][0] if stack else ""
 
 
-def _module_path(node: fx.Node) -> list[tuple[str, str]]:
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """The modules around a node, from the outermost to the innermost: path and class."""
     stack = node.meta.get("nn_module_stack") or {}
     entries = []
     for path, kind in stack.values():
