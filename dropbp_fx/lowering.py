@@ -213,9 +213,12 @@ class Lowering:
         trains = torch.is_grad_enabled() and any(_requires_grad(node) for node in inputs)
         if not trains:
             return
-        cut = cut_adds([rejected.addition for rejected in search.rejected], _activations(inputs))
+        callers = _torch.calling_modules()
+        in_layer = bool(callers) and home_of(callers[0], callers) is not None
+        cut = cut_adds([rejected.addition for rejected in search.rejected], _activations(inputs), in_layer=in_layer)
         if cut:
-            text = cut_text(len(cut), module_path(cut[0].addition), list(shortfall.breaks))
+            where = module_path(cut[0].addition) or (type(callers[0]).__name__ if callers else "the model")
+            text = cut_text(len(cut), where, list(shortfall.breaks))
             shortfall.report("break", text, error=ValueError, quiet=quiet)
         uneven = uneven_layers(gm, search.branches)
         if uneven:
@@ -226,7 +229,11 @@ class Lowering:
             self.unsettled.extend(_references(_torch.given_value(node) for node in inputs if _requires_grad(node)))
         elif not cut:
             shortfall.report(
-                "absence", absence_text(shortfall.breaks), NoResidualBranchWarning, error=ValueError, quiet=quiet
+                "break" if shortfall.breaks else "absence",
+                absence_text(shortfall.breaks),
+                NoResidualBranchWarning,
+                error=ValueError,
+                quiet=quiet,
             )
 
     def _show(

@@ -1,7 +1,7 @@
 """Say so, once, where less is dropped than was asked for: the cause, and what to do about it.
 
-Most causes show when a graph is compiled; some only in how a run goes on. What looks for those looks at the first forwards, or
-at optimizer steps while there is a doubt, and then takes itself away: a run that is in order pays nothing for it.
+Most causes show when a graph is compiled; some only in how a run goes on. What looks for those looks at the first forwards,
+or at optimizer steps while there is a doubt, and then takes itself away: a run that is in order pays nothing for it.
 """
 
 from __future__ import annotations
@@ -248,11 +248,17 @@ def absence_text(breaks: Iterable[GraphBreak]) -> str:
 def cut_text(count: int, where: str, breaks: Sequence[GraphBreak]) -> str:
     """A break lies inside residual branches."""
     places = f" It breaks at {breaks_in_words(breaks)}." if breaks else ""
+    adapters = (
+        " torch.nn.utils.parametrize is what PEFT adapts weights of experts with (target_parameters): adapt linear layers "
+        "(target_modules), or leave the experts as they are."
+        if any("parametrize.py" in found.place for found in breaks)
+        else ""
+    )
     return (
-        f"{count} residual {'add' if count == 1 else 'adds'} of a graph (in {where or 'the model'}) cannot be dropped: "
+        f"{count} residual {'add' if count == 1 else 'adds'} of {where} cannot be dropped: "
         "Dynamo breaks the graph between the value that the branch reads and the add that takes the branch, so they are in "
-        f"two graphs.{places} Take the break out of the layer; with torch.compile(fullgraph=True) Dynamo refuses breaks, and "
-        "with TORCH_LOGS=graph_breaks it explains each of them."
+        f"two graphs.{places} Take the break out of the layer; with torch.compile(fullgraph=True) Dynamo refuses breaks, "
+        f"and with TORCH_LOGS=graph_breaks it explains each of them.{adapters}"
     )
 
 
@@ -263,10 +269,10 @@ def uneven_text(found: Sequence[UnevenLayers]) -> str:
     more = f" and {len(without) - _LAYERS_NAMED} more" if len(without) > _LAYERS_NAMED else ""
     return (
         f"{len(without)} {'layer holds' if len(without) == 1 else 'layers hold'} no residual branch, though others in the "
-        f"same list do: none was found in {names}{more}, but there is one in {found[0].holding}. The rate goes by the branches "
-        "that were found, so the model as a whole drops less than it asks for. A branch is the h of an add x + h where h is "
-        "computed from x by a matrix product, convolution or attention; write what these layers add to the stream as such an "
-        "add. logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
+        f"same list do: none was found in {names}{more}, but there is one in {found[0].holding}. The rate goes by the "
+        "branches that were found, so the model as a whole drops less than it asks for. A branch is the h of an add x + h "
+        "where h is computed from x by a matrix product, convolution or attention; write what these layers add to the "
+        "stream as such an add. logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
     )
 
 

@@ -30,13 +30,16 @@ class CutAdd:
     source: fx.Node
 
 
-def cut_adds(additions: Iterable[fx.Node], given: Mapping[fx.Node, Tensor]) -> tuple[CutAdd, ...]:
+def cut_adds(additions: Iterable[fx.Node], given: Mapping[fx.Node, Tensor], *, in_layer: bool) -> tuple[CutAdd, ...]:
     """The ``additions`` that are residual but for a graph break.
 
     Args:
         additions: adds of two equally shaped activations that were not taken for a branch.
         given: the tensors that the graph will be called with, by its inputs; parameters and buffers are left out. Their
             autograd graph tells which was computed from which.
+        in_layer: the graph is a piece of one of several layers. There ``h`` counts as computed from ``x`` also where
+            autograd only shows that it was from what was made together with ``x``, by one compiled graph: a norm before the
+            break. Elsewhere that could be the sum of two embeddings.
     """
     found: list[CutAdd] = []
     for addition in additions:
@@ -45,7 +48,9 @@ def cut_adds(additions: Iterable[fx.Node], given: Mapping[fx.Node, Tensor]) -> t
             continue
         for skips, sources in (sides, sides[::-1]):
             pairs = [(x, h) for x in skips for h in sources if x is not h and x not in sources]
-            pair = next(((x, h) for x, h in pairs if len(skips) == 1 and _computed_from(given[h], given[x])), None)
+            together = in_layer or _in_list(addition)
+            known = ((x, h) for x, h in pairs if _computed_from(given[h], given[x], together=together))
+            pair = next(known, None) if len(skips) == 1 else None
             if pair is not None:
                 found.append(CutAdd(addition, *pair))
                 break
@@ -64,8 +69,12 @@ def _inputs_of(node: fx.Node, given: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
     return [reached for reached in seen if reached in given]
 
 
-def _computed_from(value: Tensor, source: Tensor) -> bool:
-    """Whether autograd hands a gradient of ``value`` on to ``source``."""
+def _in_list(node: fx.Node) -> bool:
+    return any(path.rpartition(".")[2].isdigit() for path, _ in module_stack(node))
+
+
+def _computed_from(value: Tensor, source: Tensor, *, together: bool) -> bool:
+    """Whether autograd hands a gradient of ``value`` on to ``source``, or else to what was made ``together`` with it."""
     if not (value.requires_grad and source.requires_grad):
         return False
     wanted = (source.grad_fn, source.output_nr)
@@ -77,7 +86,7 @@ def _computed_from(value: Tensor, source: Tensor) -> bool:
             if before is None:
                 continue
             is_leaf = source.grad_fn is None and getattr(before, "variable", None) is source
-            if is_leaf or (before, number) == wanted:
+            if is_leaf or (before, number) == wanted or (together and before is source.grad_fn):
                 return True
             if before not in seen:
                 seen.add(before)
