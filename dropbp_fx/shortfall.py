@@ -136,6 +136,15 @@ class Shortfall:
 
         return noted
 
+    def at_next_forward(self, do: Callable[[], None]) -> None:
+        """Call ``do`` once, when the next training forward has been drawn."""
+
+        def listen(_indices: Sequence[int], _dropped: frozenset[int]) -> None:
+            self._listeners.remove(listen)
+            do()
+
+        self._listeners.append(listen)
+
     @property
     def forwards(self) -> int:
         """Training forwards so far."""
@@ -153,16 +162,20 @@ class _Steps:
     def __init__(self, shortfall: Shortfall) -> None:
         self._shortfall = weakref.ref(shortfall)
         self._stop: Callable[[], Any] | None = None
+        self._resting = False
         self._uncalled: int | None = 0  # steps since the backend was made, None once it was called
         self._forwards = 0
         self._idle: tuple[Sequence[weakref.ref[Tensor]], str] | None = None  # what ran since the last step
         self._count = 0
 
     def watch(self) -> None:
-        if self._stop is not None:
+        if self._stop is not None and not self._resting:
             return
         shortfall = self._shortfall()
         self._forwards = 0 if shortfall is None else shortfall.forwards
+        if self._resting:
+            self._resting = False
+            return
         reference = weakref.ref(self)
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -175,7 +188,17 @@ class _Steps:
     def _unwatch(self) -> None:
         if self._stop is not None:
             self._stop()
-        self._stop, self._idle, self._count = None, None, 0
+        self._stop, self._idle, self._count, self._resting = None, None, 0, False
+
+    def _rest(self, shortfall: Shortfall) -> None:
+        """Look no longer. A hook cannot be removed while PyTorch goes through the hooks, so the next forward does that."""
+        self._idle, self._count, self._resting = None, 0, True
+
+        def end() -> None:
+            if self._resting:
+                self._unwatch()
+
+        shortfall.at_next_forward(end)
 
     def called(self) -> None:
         if self._uncalled is not None:
@@ -189,17 +212,16 @@ class _Steps:
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         shortfall = self._shortfall()
-        if shortfall is None or not shortfall.asks:
+        if shortfall is None or self._resting or not shortfall.asks:
             return
         if self._uncalled is not None:
             self._uncalled += 1
             if self._uncalled == STEPS_UNCALLED:
-                self._uncalled = None
-                self._unwatch()
+                self._rest(shortfall)
                 shortfall.report("uncalled", _uncalled_text(shortfall._schedule.rate))
             return
         if shortfall.forwards != self._forwards:  # the graph only ran beside training: an evaluation, a saliency map
-            self._unwatch()
+            self._rest(shortfall)
             return
         if self._idle is None or not _trains(optimizer, self._idle[0]):
             return
@@ -207,7 +229,7 @@ class _Steps:
         self._idle = None
         self._count += 1
         if self._count >= STEPS_IDLE:
-            self._unwatch()
+            self._rest(shortfall)
             text = _mode_text() if cause == "mode" else absence_text(shortfall.breaks)
             shortfall.report(cause, text, LessDroppedWarning if cause == "mode" else NoResidualBranchWarning)
 
