@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,17 @@ from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
+from dropbp_fx.gaps import references, report_gaps
 from dropbp_fx.graph.branches import (
-    BranchSearch,
     ResidualBranch,
-    does_work,
     example_value,
     find_branches,
     normalise_inplace_adds,
 )
 from dropbp_fx.graph.copying import copy_graph_module
-from dropbp_fx.graph.coverage import cut_adds, uneven_layers
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.homes import home_of
-from dropbp_fx.graph.naming import module_path, name_branches, parameter_name
+from dropbp_fx.graph.naming import name_branches, parameter_name
 from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.policy.branches import Branch
@@ -36,7 +34,7 @@ from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import Policy, RegionRunner
 from dropbp_fx.runtime.instances import Anchors, Instances
 from dropbp_fx.runtime.variants import RegionVariants
-from dropbp_fx.shortfall import NoResidualBranchWarning, absence_text, cut_text, sharing_text, uneven_text
+from dropbp_fx.shortfall import sharing_text
 from dropbp_fx.state import BackendState, GraphPolicy
 
 log = logging.getLogger("dropbp_fx")
@@ -72,7 +70,7 @@ class Lowering:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         found = self._meet(gm, search.branches)
         met, droppable = found.branches, found.droppable
-        self._report_gaps(gm, search, quiet=whole)
+        self.unsettled.extend(report_gaps(self.state, gm, search, quiet=whole))
         if not droppable and not whole:
             return None
         facts = {
@@ -135,7 +133,7 @@ class Lowering:
             wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
             drops = torch.is_grad_enabled() and wanted and modes != {False}
             if torch.is_grad_enabled() and wanted and not drops:
-                self.idle.extend(_references(owners[node].value for node in parameters if node in owners))
+                self.idle.extend(references(owners[node].value for node in parameters if node in owners))
             trainable = any(example_value(node).requires_grad for node in parameters)
             met.append(self.state.schedule.meet(full.name, full.layer, trainable=trainable, droppable=drops))
             if drops:
@@ -203,39 +201,6 @@ class Lowering:
             return self.state.shortfall.watched(run, self.unsettled, "absence")
         return run
 
-    def _report_gaps(self, gm: fx.GraphModule, search: BranchSearch, *, quiet: bool) -> None:
-        """Say so where it looks as if there were branches that cannot be dropped; ``quiet`` takes note only."""
-        shortfall = self.state.shortfall
-        ended_by = _torch.graph_break_after(gm)
-        if ended_by is not None:
-            shortfall.breaks[ended_by] = None
-        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        trains = torch.is_grad_enabled() and any(_requires_grad(node) for node in inputs)
-        if not trains:
-            return
-        callers = _torch.calling_modules()
-        in_layer = bool(callers) and home_of(callers[0], callers) is not None
-        cut = cut_adds([rejected.addition for rejected in search.rejected], _activations(inputs), in_layer=in_layer)
-        if cut:
-            where = module_path(cut[0].addition) or (type(callers[0]).__name__ if callers else "the model")
-            text = cut_text(len(cut), where, list(shortfall.breaks))
-            shortfall.report("break", text, error=ValueError, quiet=quiet)
-        uneven = uneven_layers(gm, search.branches)
-        if uneven:
-            shortfall.report("layers", uneven_text(uneven), error=ValueError, quiet=quiet)
-        if search.branches or len(self.state.schedule.branches) or not any(map(does_work, gm.graph.nodes)):
-            return  # work there is none of in a piece of a model before a graph break, such as its embedding
-        if ended_by is not None:
-            self.unsettled.extend(_references(_torch.given_value(node) for node in inputs if _requires_grad(node)))
-        elif not cut:
-            shortfall.report(
-                "break" if shortfall.breaks else "absence",
-                absence_text(shortfall.breaks),
-                NoResidualBranchWarning,
-                error=ValueError,
-                quiet=quiet,
-            )
-
     def _show(
         self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
     ) -> None:
@@ -288,25 +253,6 @@ class Lowering:
         if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
-
-
-def _requires_grad(node: fx.Node) -> bool:
-    value = example_value(node)
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _activations(inputs: Sequence[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    """What a graph is about to be called with for the inputs that are computed from parameters, and no parameters."""
-    given = {node: _torch.given_value(node) for node in inputs if _requires_grad(node)}
-    return {
-        node: value
-        for node, value in given.items()
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
-    }
-
-
-def _references(values: Iterable[Any]) -> list[weakref.ref[torch.Tensor]]:
-    return [weakref.ref(value) for value in values if isinstance(value, torch.nn.Parameter) and value.requires_grad]
 
 
 def _parameters_of(branch: ResidualBranch) -> list[fx.Node]:

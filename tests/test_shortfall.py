@@ -360,6 +360,15 @@ def test_layers_without_a_branch_are_named_beside_layers_that_hold_one() -> None
         loss(torch.compile(model, backend=backend_of(strict=True)))
 
 
+def test_layers_compiled_one_by_one_that_hold_no_branch_are_named() -> None:
+    model = Model(Block(), Block(), Gated(), Gated())
+    backend = backend_of()
+    for layer in model.layers:
+        layer.compile(backend=backend)
+    (text,) = said(lambda: loss(model).backward())
+    assert "none was found in layers.2 (Gated), but there is one in layers.0" in text
+
+
 def test_stems_heads_and_changes_of_shape_are_no_layers_without_a_branch() -> None:
     widening = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
     inner = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))

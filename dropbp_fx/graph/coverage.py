@@ -176,6 +176,13 @@ def _collect(graph: fx.Graph, layers: dict[str, _Layer]) -> None:
         layers[path].keeps_shape |= any(_alike(entry, out) for entry in entries for out in exits)
 
 
+def keeps_shape(gm: fx.GraphModule) -> bool:
+    """Whether a graph hands on something in the shape of an activation that it is given, as a layer of a stream does."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    outputs = [made for node in gm.graph.nodes if node.op == "output" for made in node.all_input_nodes]
+    return any(_alike(given, made) for given in inputs for made in outputs)
+
+
 def _requires_grad(node: fx.Node) -> bool:
     value = example_value(node)
     return isinstance(value, Tensor) and value.requires_grad
