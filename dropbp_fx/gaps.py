@@ -24,7 +24,7 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
     """Say so where it looks as if there were branches that cannot be dropped; ``quiet`` takes note only.
 
     Returns:
-        The parameters of a graph without branches that a graph break ends: whether the model has some is not settled yet.
+        The parameters of a graph without branches in a model that Dynamo breaks: whether it has some is not settled yet.
 
     Raises:
         ValueError: something is amiss, and the backend is strict.
@@ -52,16 +52,9 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
         shortfall.report("layers", uneven_text(uneven), error=ValueError, quiet=quiet)
     if search.branches or len(state.schedule.branches) or not works:
         return []
-    if ended_by is not None:
+    if shortfall.breaks:  # other pieces of the model may have some
         return references(_torch.given_value(node) for node in inputs if _requires_grad(node))
-    if not cut:
-        shortfall.report(
-            "break" if shortfall.breaks else "absence",
-            absence_text(shortfall.breaks),
-            NoResidualBranchWarning,
-            error=ValueError,
-            quiet=quiet,
-        )
+    shortfall.report("absence", absence_text(()), NoResidualBranchWarning, error=ValueError, quiet=quiet)
     return []
 
 

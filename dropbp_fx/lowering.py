@@ -49,7 +49,7 @@ class Lowering:
         state: its tables, which the graph is entered into.
         compiler: what makes code of the graph's regions.
         idle: parameters of branches that would be dropped, were the model not in evaluation mode; filled while capturing.
-        unsettled: those of a graph without branches before a graph break: later pieces of the model may have some.
+        unsettled: those of a graph without branches in a model with graph breaks: other pieces may have some.
     """
 
     config: BackendConfig
