@@ -12,7 +12,7 @@ from torch import fx
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import BranchSearch, does_work, example_value
 from dropbp_fx.graph.coverage import UnevenLayers, cut_adds, keeps_shape, uneven_layers
-from dropbp_fx.graph.homes import home_of, unwrapped
+from dropbp_fx.graph.homes import home_of, is_one_of_several, unwrapped
 from dropbp_fx.graph.naming import module_path
 from dropbp_fx.shortfall import NoResidualBranchWarning, absence_text, cut_text, uneven_text
 from dropbp_fx.state import BackendState
@@ -38,16 +38,18 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
     if not trains:
         return []
     callers = _torch.calling_modules()
-    in_layer = bool(callers) and home_of(unwrapped(callers[0]), callers) is not None
+    layer = unwrapped(callers[0]) if callers else None
+    home = None if layer is None else home_of(layer, callers)
+    in_layer = layer is not None and home is not None and is_one_of_several(layer, home)
     cut = cut_adds([rejected.addition for rejected in search.rejected], _activations(inputs), in_layer=in_layer)
     if cut:
-        where = module_path(cut[0].addition) or (type(unwrapped(callers[0])).__name__ if callers else "the model")
+        where = module_path(cut[0].addition) or ("the model" if layer is None else type(layer).__name__)
         text = cut_text(len(cut), where, list(shortfall.breaks))
         shortfall.report("break", text, error=ValueError, quiet=quiet)
     uneven = uneven_layers(gm, search.branches)
     works = any(map(does_work, gm.graph.nodes))  # not so in a piece of a model before a break, such as its embedding
-    if works and in_layer and not search.branches and not shortfall.breaks and keeps_shape(gm):
-        uneven += _beside_others(state, unwrapped(callers[0]))
+    if works and layer is not None and in_layer and not search.branches and not shortfall.breaks and keeps_shape(gm):
+        uneven += _beside_others(state, layer)
     if uneven:
         shortfall.report("layers", uneven_text(uneven), error=ValueError, quiet=quiet)
     if search.branches or len(state.schedule.branches) or not works:

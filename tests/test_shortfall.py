@@ -236,6 +236,20 @@ def test_blocks_of_a_sequential_are_told_apart_without_being_registered(compile_
         assert_equal(actual, eager(reference, loss, [points[i] for i in pattern]))
 
 
+def test_blocks_of_several_classes_in_a_sequential_are_told_apart() -> None:
+    class Other(Block):
+        pass
+
+    model, backend = nn.Sequential(Block(), Other()), backend_of()
+    reference = copy.deepcopy(model)
+    model.compile(backend=backend)
+    assert said(lambda: [loss(model).backward() for _ in range(25)]) == []
+    assert [branch.name for branch in backend.branches] == ["0.linear", "1.linear"]
+    with backend.pinned([1]):
+        actual = compiled(model, loss, model)
+    assert_equal(actual, eager(reference, loss, ["1.linear"]))
+
+
 def test_two_models_that_no_module_holds_are_not_taken_for_layers_of_one() -> None:
     models, backend = [Model(Block(), Block()), Model(Block(), Block())], backend_of()
     for model in models:
@@ -382,9 +396,15 @@ def test_stems_heads_and_changes_of_shape_are_no_layers_without_a_branch() -> No
         def forward(self, x: Tensor) -> Tensor:
             return x + self.inner(x)
 
-    model = nn.Sequential(nn.Linear(8, 8), Block(), widening, Wide(), Wide(), nn.Linear(16, 16))
-    run = torch.compile(model, backend=backend_of())
-    assert said(lambda: loss(run).backward()) == []
+    def model() -> nn.Sequential:
+        head = Model(nn.Linear(8, 8))
+        return nn.Sequential(nn.Linear(8, 8), Block(), widening, Wide(), Wide(), nn.Linear(16, 8), head)
+
+    assert said(lambda: loss(torch.compile(model(), backend=backend_of())).backward()) == []
+    torch._dynamo.reset()
+    parts = model()
+    parts.compile(backend=backend_of())
+    assert said(lambda: loss(parts).backward()) == []
 
 
 # ---- a backend that nobody calls -------------------------------------------------------------------------------------

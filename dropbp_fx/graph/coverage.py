@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -109,7 +110,7 @@ class UnevenLayers:
 
 def uneven_layers(gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tuple[UnevenLayers, ...]:
     """The lists of layers in which some hold no branch although they do work that is trained, hand on what they are given
-    in the same shape, and have parts of their own or are of the class of one that does hold a branch.
+    in the same shape, and are of the class of one that does hold a branch, or several of a class that has parts of its own.
     """
     layers: dict[str, _Layer] = {}
     for _, graph in _graphs(gm):
@@ -128,6 +129,7 @@ def uneven_layers(gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tup
     for mine in lists.values():
         full = [layer for layer in mine if layer.path in holding]
         kinds = {layer.kind for layer in full}
+        often = Counter(layer.kind for layer in mine)
         without = [
             (layer.path, layer.kind)
             for layer in mine
@@ -135,7 +137,7 @@ def uneven_layers(gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> tup
             and layer not in full
             and layer.trained
             and layer.keeps_shape
-            and (layer.parts or layer.kind in kinds)
+            and (layer.kind in kinds or (layer.parts and often[layer.kind] > 1))
         ]
         if without:
             found.append(UnevenLayers(full[0].path, tuple(without)))

@@ -23,14 +23,22 @@ def home_of(layer: nn.Module, callers: Sequence[nn.Module]) -> nn.Module | None:
         callers: the modules whose forward runs now, innermost first.
 
     Returns:
-        The outermost caller that holds ``layer`` and another module of its class. Where ``layer`` was compiled by itself the
-        other one must have been too: a whole model that was compiled is not a layer of whatever holds it. ``None`` if there
-        is none.
+        The outermost caller, or if some were compiled the outermost of these, that holds ``layer`` and another module of its
+        class; right below a module of torch.nn, such as ``nn.Sequential``, of any class. Where ``layer`` was compiled by
+        itself the other one must have been too: a whole model that was compiled is not a layer of whatever holds it.
+        ``None`` if there is none.
     """
-    around = [unwrapped(caller) for caller in callers]
+    around = [caller for caller in callers if unwrapped(caller) is not layer]
     itself = any(_torch.is_compiled(caller) and unwrapped(caller) is layer for caller in callers)
-    homes = [home for home in around if home is not layer and _is_one_of_several(layer, home, compiled=itself)]
-    return homes[-1] if homes else None
+    untraced = not itself and bool(around) and type(around[0]).__module__.startswith("torch.nn.modules")
+    homes = [
+        home
+        for home in around
+        if (untraced and any(part is layer for part in home.modules()))
+        or is_one_of_several(layer, unwrapped(home), compiled=itself)
+    ]
+    chosen = [home for home in homes if _torch.is_compiled(home)] or homes
+    return unwrapped(chosen[-1]) if chosen else None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -44,7 +52,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def _is_one_of_several(layer: nn.Module, home: nn.Module, *, compiled: bool) -> bool:
+def is_one_of_several(layer: nn.Module, home: nn.Module, *, compiled: bool = False) -> bool:
+    """Whether ``home`` holds ``layer`` and another module of its class, that is ``compiled`` by itself if so asked."""
     alike: set[int] = set()
     compiled_ones: set[int] = set()
     for part in home.modules():
