@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dropbp_fx.backend import BackendStats, DropBPBackend, dropbp_backend
-from dropbp_fx.lowering import NoResidualBranchWarning
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import (
@@ -21,6 +20,7 @@ from dropbp_fx.policy.ramps import LateRamp, Ramp, Steps
 from dropbp_fx.policy.ranks import RankDisagreementError
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Sensitivity
+from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
 
 if TYPE_CHECKING:
     from dropbp_fx.inspect import Explanation, dump_graphs, explain
@@ -32,6 +32,7 @@ __all__ = [
     "Explanation",
     "IndependentPattern",
     "LateRamp",
+    "LessDroppedWarning",
     "LowestPattern",
     "NoResidualBranchWarning",
     "Pattern",

@@ -27,6 +27,8 @@ uses public APIs and the functions below.
 | ``torch.autograd.forward_ad._current_level`` | forward-mode AD is refused, cheaply, rather than left without a tangent |
 | ``torch._foreach_norm`` | the norms of many gradients, sharded ones among them, in one call and without communication |
 | ``torch._dynamo`` sources, scopes and guards | ``eval()`` must reach a graph that never read ``module.training`` |
+| ``torch._dynamo`` reasons for breaks, ``grapharg`` | warnings name the breaks that hide branches |
+| ``OptimizedModule``, ``Module._compiled_call_impl`` | layers that are compiled one by one are told from a whole model |
 """
 
 from __future__ import annotations
@@ -694,6 +696,49 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
     return found
 
 
+def calling_modules() -> tuple[torch.nn.Module, ...]:
+    """The modules that this thread is calling at this point, innermost first."""
+    found: list[torch.nn.Module] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is torch.nn.Module.__call__.__code__:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return tuple(found)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, or ``module`` is what ``torch.compile`` made of a module."""
+    from torch._dynamo import OptimizedModule
+
+    return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class GraphBreak(NamedTuple):
+    """Where Dynamo ended a graph before the code did, and its reason in one line."""
+
+    place: str
+    reason: str
+
+
+def graph_break_after(gm: fx.GraphModule) -> GraphBreak | None:
+    """The break that ends a graph from Dynamo, ``None`` if the code that it captured ends there."""
+    known = getattr(gm, "compile_subgraph_reason", None)
+    if known is None or not getattr(known, "graph_break", False):
+        return None
+    stack = list(getattr(known, "user_stack", None) or ())
+    place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "a place that Dynamo does not tell"
+    return GraphBreak(place, next(iter(str(known.reason).strip().splitlines()), "").strip().rstrip("."))
+
+
+def given_value(placeholder: fx.Node) -> Any:
+    """The tensor that a graph from Dynamo is about to be called with for an input, ``None`` where it cannot be told."""
+    try:
+        return placeholder.meta["grapharg"].example
+    except (KeyError, AttributeError, AssertionError):  # an input of a backend's own, or one that was let go of
+        return None
+
+
 def ddp_waits_for_every_gradient() -> bool:
     """Whether the present forward is that of a DistributedDataParallel that cannot do without any gradient."""
     from torch.nn.parallel import DistributedDataParallel
@@ -907,6 +952,8 @@ _HOOKS = (
     ("torch._dynamo.convert_frame", "input_codes"),
     ("torch._dynamo.convert_frame", "register_bytecode_hook"),
     ("torch._dynamo.eval_frame", "reset_code"),
+    ("torch._dynamo", "OptimizedModule"),
+    ("torch._dynamo.output_graph", "GraphCompileReason"),
     ("torch._dynamo.guards", "install_guard"),
     ("torch._dynamo.source", "AttrSource"),
     ("torch._dynamo.symbolic_convert", "InstructionTranslator"),

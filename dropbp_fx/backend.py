@@ -15,6 +15,7 @@ from torch import fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_rate
+from dropbp_fx.graph.grad_mode import start_without_gradients, switches_gradients_on
 from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch, checked_choice
 from dropbp_fx.policy.patterns import DrawFunction, Pattern
@@ -73,6 +74,7 @@ class DropBPBackend:
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         self._state = BackendState.of(config)
+        self._state.shortfall.expect_a_call()
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -90,18 +92,22 @@ class DropBPBackend:
         if mode is not None and mode != "default":
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
+        self._state.shortfall.called()
         _warn_of_cut_graphs(gm)
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
         lowering = self.lowering(compiler)
-        graph = lowering.capture(gm)
-        if isinstance(graph, MetBranches):
-            compiled = compiler.whole(gm, example_inputs)
-            compiler.counts.graphs += 1
-            return lowering.watched(graph, compiled)
-        with _torch.unseen_by_ddp_optimizer(gm):
-            runner = lowering.runner(graph)
+        inside = switches_gradients_on(gm)
+        if inside:
+            start_without_gradients(gm)
+        with torch.enable_grad() if inside else contextlib.nullcontext():
+            graph = lowering.capture(gm)
+            if isinstance(graph, MetBranches):
+                compiled = lowering.whole(gm, example_inputs, graph)
+            else:
+                with _torch.unseen_by_ddp_optimizer(gm):
+                    compiled = lowering.runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
-        return runner
+        return torch.enable_grad()(compiled) if inside else compiled
 
     def lowering(self, compiler: Compiler) -> Lowering:
         """What takes a graph from Dynamo to code of ``compiler``; the inspection takes it half of the way."""

@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, find_branches, normalise_inplace_adds
+from dropbp_fx.gaps import report_gaps
+from dropbp_fx.graph.branches import (
+    find_branches,
+    normalise_inplace_adds,
+)
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.hooks import settle_hooks
@@ -30,13 +33,10 @@ from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.runtime.whole import WholeRunner
+from dropbp_fx.shortfall import NoResidualBranchWarning
 from dropbp_fx.state import BackendState, GraphPolicy
 
 log = logging.getLogger("dropbp_fx")
-
-
-class NoResidualBranchWarning(UserWarning):
-    """A training graph has no residual branch, so nothing in it will be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Lowering:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
         found = meet(self.state, gm, search.branches)
         met, droppable = found.branches, found.droppable
-        if not whole:
-            self._report_absence(gm, search.branches)
+        found = dataclasses.replace(found, unsettled=tuple(report_gaps(self.state, gm, search, quiet=whole)))
         if not droppable and not whole:
             return found
         facts = {
@@ -141,24 +140,24 @@ class Lowering:
             state.graphs.append(twin)
         return GraphPolicy(state, twin.indices, twin.below, met.presence_of(own, arguments))
 
-    def _report_absence(self, gm: fx.GraphModule, branches: Sequence[ResidualBranch]) -> None:
-        trains = torch.is_grad_enabled() and any(
-            isinstance(example_value(node), torch.Tensor) and example_value(node).requires_grad
-            for node in gm.graph.nodes
-            if node.op == "placeholder"
-        )
-        if branches or len(self.state.schedule.branches) or not trains:
-            return
-        if not any(does_work(node) for node in gm.graph.nodes):
-            return  # a piece of a model before a graph break, such as its embedding
-        message = (
-            "No residual branch was found in this graph: there is no add x + h of two equally shaped activations where "
-            "h is computed from x by a matrix product, convolution or attention. Nothing will be dropped in it. "
-            "logging.getLogger('dropbp_fx').setLevel('DEBUG') tells why each add was not taken."
-        )
-        if self.config.strict:
-            raise ValueError(message)
-        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+    def whole(self, gm: fx.GraphModule, inputs: Sequence[Any], met: MetBranches) -> Callable[..., Any]:
+        """Code of a graph in which nothing can be dropped. If it is a training graph, its forwards count."""
+        run = self.compiler.whole(gm, inputs)
+        if met.idle:
+            run = self.state.shortfall.watched(run, met.idle, "mode")
+        elif met.unsettled:
+            run = self.state.shortfall.watched(run, met.unsettled, "absence")
+        if not met.training:
+            return run
+        below = self.config.drop == "below"
+
+        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
+            own = enter(self.state, met, parameters)
+            presence = met.presence if own is None else met.presence_of(own, arguments)
+            return GraphPolicy(self.state, (), below, presence)
+
+        first: Policy = GraphPolicy(self.state, (), below, met.presence)
+        return WholeRunner(run, Instances(met.anchors, first, enter_module))
 
     def _report_unsupported(self, reason: str) -> None:
         message = (
@@ -218,21 +217,8 @@ class Lowering:
         self.state.runners.append(runner)
         if self.state.step_watch is None:
             self.state.step_watch = CompiledStepWatch(lambda: bool(schedule.realised_rate()))
+        self.state.shortfall.watch_first_forwards()
         self.state.graphs.append(graph)
         if graph.program.has_symbols:
             runner.warmup()  # while Dynamo still collects guards on the symbols
         return runner
-
-    def watched(self, met: MetBranches, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """A training graph in which nothing can be dropped: its forwards count, and say that it cannot."""
-        if not met.training:
-            return compiled
-        below = self.config.drop == "below"
-
-        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
-            own = enter(self.state, met, parameters)
-            presence = met.presence if own is None else met.presence_of(own, arguments)
-            return GraphPolicy(self.state, (), below, presence)
-
-        first: Policy = GraphPolicy(self.state, (), below, met.presence)
-        return WholeRunner(compiled, Instances(met.anchors, first, enter_module))

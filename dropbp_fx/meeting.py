@@ -11,12 +11,14 @@ from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch, example_value
+from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
 from dropbp_fx.graph.owners import running_owner
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.captured import MetBranches
 from dropbp_fx.runtime.instances import Anchors
+from dropbp_fx.shortfall import sharing_text
 from dropbp_fx.state import BackendState
 
 log = logging.getLogger("dropbp_fx")
@@ -36,6 +38,7 @@ def meet(
     prefixes = {owned.module: "" for owned in owners.values()}
     # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
     for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
+        _find_home(state, module)
         prefixes[module] = state.modules.path_of(module)
     inputs = [parameters_of(branch) for branch in branches]
     roots = [[owners[node].module for node in nodes if node in owners] for nodes in inputs]
@@ -45,6 +48,7 @@ def meet(
     droppable: list[int] = []
     trainable: set[int] = set()
     modes: set[bool] = set()
+    idle: list[object] = []
     for position, (branch, name, nodes, modules) in enumerate(zip(branches, names, inputs, roots, strict=True)):
         own_modes = {root.training for root in modules}
         modes |= own_modes or {True}
@@ -52,6 +56,8 @@ def meet(
         wanted = any(example_value(output).requires_grad for output, _ in branch.outputs)
         drops = may_drop and torch.is_grad_enabled() and wanted and own_modes != {False}
         trains = any(example_value(node).requires_grad for node in nodes if _is_own(owners, node))
+        if torch.is_grad_enabled() and wanted and own_modes == {False}:
+            idle += [value for node in nodes if node in owners and _is_trained(value := owners[node].value)]
         if modules:
             _report_namesake(state, full, modules[0])
         entry = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
@@ -85,7 +91,16 @@ def meet(
         presence=presence,
         parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
         training=training,
+        idle=leaves_of(idle),
     )
+
+
+def _find_home(state: BackendState, module: nn.Module) -> None:
+    """Register the model that ``module`` is a layer of, if it is compiled by itself and its callers tell."""
+    if not state.modules.knows(module):
+        home = home_of(module, _torch.calling_modules())
+        if home is not None:
+            state.modules.register(home)
 
 
 def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> list[Branch] | None:
@@ -124,15 +139,7 @@ def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) 
         model = _model_of(state, [module])
         if model != met.model:
             return state.modules.path_of(module), model
-    if not state.warned_of_sharing:
-        state.warned_of_sharing = True
-        names = ", ".join(branch.name for branch in met.branches[:3])
-        warnings.warn(
-            f"One compiled graph serves several modules, so their branches ({names}) count as the same ones, and each "
-            "module's forward as one of its own. If they are layers of one model, call backend.register(model) before "
-            "its first forward; if they are models of their own, register each of them.",
-            stacklevel=2,
-        )
+    state.shortfall.report("sharing", sharing_text([branch.name for branch in met.branches[:3]]))
     return None
 
 
@@ -185,6 +192,10 @@ def _owned_parameters(owners: Owners, inputs: Sequence[fx.Node]) -> list[fx.Node
     owned = [node for node in inputs if node in owners and isinstance(owners[node].value, nn.Parameter)]
     trained = [node for node in inputs if _is_own(owners, node) and example_value(node).requires_grad]
     return owned if set(trained) <= set(owned) else []
+
+
+def _is_trained(value: object) -> bool:
+    return isinstance(value, nn.Parameter) and value.requires_grad
 
 
 def _is_own(owners: Owners, node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from dropbp_fx.runtime.observation import Observation, Observer
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.recompute import Drawn
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.shortfall import Listener, Shortfall
 
 
 @dataclasses.dataclass
@@ -39,13 +40,13 @@ class BackendState:
     modules: ModuleTree
     models: Models
     observer: Observer
-    listeners: list[Callable[[Sequence[int], frozenset[int]], None]]
+    listeners: list[Listener]
+    shortfall: Shortfall
     calibration: Calibration | None = None
     calibrating_thread: int = 0
     holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
-    warned_of_sharing: bool = False
     warned_of_namesakes: bool = False
     step_watch: CompiledStepWatch | None = None
 
@@ -66,7 +67,11 @@ class BackendState:
             reallocate_every=config.reallocate_every,
             configuration=config.described(),
         )
-        return cls(schedule, CompileCounts(), {}, [], [], ModuleTree(), Models(), Observer(schedule), [])
+        listeners: list[Listener] = []
+        shortfall = Shortfall(schedule, listeners, strict=config.strict)
+        return cls(
+            schedule, CompileCounts(), {}, [], [], ModuleTree(), Models(), Observer(schedule), listeners, shortfall
+        )
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -96,7 +101,7 @@ class GraphPolicy:
         self.state.observer.reallocate_if_due()
         schedule = self.state.schedule
         dropped = schedule.draw(self.indices, self.presence, self._check_ddp)
-        for listen in self.state.listeners:
+        for listen in reversed(self.state.listeners):  # one of them may take itself away
             listen(self.indices, dropped)
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
         below = self.below and 0 in local and schedule.drops_all_before(self.indices[0])

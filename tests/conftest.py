@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_backends_left_over() -> Iterator[None]:
+    """A backend that nobody calls says so in other people's optimizer steps while it lives, be it only in a reference cycle,
+    such as that of a caught error and its traceback.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

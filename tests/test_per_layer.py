@@ -281,16 +281,33 @@ def test_an_explanation_has_all_layers_once() -> None:
     assert saved == whole.cost_of([]).backward_flops - whole.cost_of(["layers.3.mlp"]).backward_flops
 
 
-def test_without_registration_the_layers_count_as_one_and_a_warning_says_so() -> None:
+def test_without_registration_the_model_that_calls_the_layers_tells_them_apart() -> None:
     model = Model()
     reference = copy.deepcopy(model)
     backend = dropbp_backend(inner="aot_eager", seed=0)
     for layer in model.layers:
         layer.compile(backend=backend)
+    loss(model).backward()
+    assert [branch.name for branch in backend.branches] == POINTS
+    assert_exact_against(model, reference, backend, [[], [0], [1, 6], [2, 3, 4, 5]])
+
+
+def test_layers_that_no_module_calls_count_as_one_and_a_warning_says_so() -> None:
+    model = Model()
+    reference = copy.deepcopy(model)
+    backend = dropbp_backend(inner="aot_eager", seed=0)
+    for layer in model.layers:
+        layer.compile(backend=backend)
+
+    def run(x: Tensor) -> Tensor:
+        for layer in model.layers:
+            x = layer(x)
+        return model.head(x)
+
     patterns: list[frozenset[int]] = []
     backend._state.listeners.append(lambda _indices, dropped: patterns.append(dropped))
     with pytest.warns(UserWarning, match=r"One compiled graph serves several modules.*backend\.register\(model\)"):
-        actual = compiled(model, loss, model)
+        actual = compiled(model, loss, run)
     assert [branch.name for branch in backend.branches] == ["attention", "mlp"]
     points = [POINTS[2 * i + number] for i, dropped in enumerate(patterns) for number in dropped]
     assert_equal(actual, eager(reference, loss, points))

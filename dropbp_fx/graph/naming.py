@@ -55,6 +55,10 @@ class ModuleTree:
             self._roots.discard(root)
         self._roots.add(model)
 
+    def knows(self, module: nn.Module) -> bool:
+        """Whether ``module`` is a module met before or a part of one."""
+        return any(part is module for root in list(self._roots) for part in root.modules())
+
     def path_of(self, module: nn.Module) -> str:
         """Where ``module`` sits in a module met before; empty for a new or outermost one, which is remembered."""
         if module not in self._roots:
@@ -138,8 +142,8 @@ class _Stack:
 
     @classmethod
     def of(cls, branch: ResidualBranch) -> _Stack:
-        add = _module_path(branch.outputs[0][1])
-        work = [_module_path(node) for node in branch.work]
+        add = module_stack(branch.outputs[0][1])
+        work = [module_stack(node) for node in branch.work]
         common = [entry for entry in work[0] if all(entry in other for other in work)] if work else []
         return cls(
             modules=tuple(common or add),
@@ -150,11 +154,12 @@ class _Stack:
 
 def module_path(node: fx.Node) -> str:
     """The dotted path of the innermost module a node belongs to, empty at the root."""
-    stack = _module_path(node)
+    stack = module_stack(node)
     return stack[-1][0] if stack else ""
 
 
-def _module_path(node: fx.Node) -> list[tuple[str, str]]:
+def module_stack(node: fx.Node) -> list[tuple[str, str]]:
+    """The modules around a node, from the outermost to the innermost: path and class."""
     stack = node.meta.get("nn_module_stack") or {}
     entries = []
     for path, kind in stack.values():

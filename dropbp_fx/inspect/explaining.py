@@ -109,6 +109,7 @@ def _explained(
         pattern=backend._config.pattern,
         parameters=parameters,
         trainable_parameters=trainable,
+        shortfall=backend._state.shortfall.texts,
     )
 
 

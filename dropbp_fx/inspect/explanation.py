@@ -108,6 +108,8 @@ class Explanation:
         model: class name of the model, or "backend" for an explanation of a live backend.
         branches: the residual branches in execution order.
         rejected: adds that were looked at and not taken for a branch: pairs (name of the graph node, reason).
+        shortfall: why less is dropped than is asked for, as far as it is known: a sentence or two for each cause, as in
+            :class:`LessDroppedWarning`.
         granularity: "branch" or "layer": what is dropped as a whole.
         rate: the drop rate of the backend that was explained.
         inner: the inner compiler for which saved bytes are predicted.
@@ -133,10 +135,12 @@ class Explanation:
         pattern: Pattern,
         parameters: int | None,
         trainable_parameters: int | None,
+        shortfall: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.branches = tuple(branches)
         self.rejected = tuple(item for graph in graphs for item in graph.rejected)
+        self.shortfall = tuple(shortfall)
         self.granularity = granularity
         self.rate = rate
         self.inner = inner

@@ -65,6 +65,8 @@ def _one_or_range(column: Sequence[str]) -> str:
 def text(explanation: Explanation, style: str = "simple") -> str:
     """The tables of an explanation in one of tabulate's styles, with a line above and one below."""
     lines = [headline(explanation), "", branch_table(explanation, style), "", prediction_table(explanation, style)]
+    for sentence in explanation.shortfall:
+        lines += ["", *textwrap.wrap(sentence, 120)]
     return "\n".join([*lines, "", *textwrap.wrap(footnote(explanation), 120)])
 
 
@@ -196,6 +198,7 @@ def as_dict(explanation: Explanation, rates: Iterable[float]) -> dict[str, Any]:
         "variants": explanation.variants,
         "branches": [dataclasses.asdict(branch) for branch in explanation.branches],
         "predictions": [dataclasses.asdict(explanation.predict(rate)) for rate in rates],
+        "shortfall": list(explanation.shortfall),
         "rejected": [{"add": name, "reason": reason} for name, reason in explanation.rejected],
     }
 

@@ -10,7 +10,7 @@ from dropbp_fx.graph.describe import BranchFacts
 from dropbp_fx.graph.naming import BranchName
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.policy.branches import Branch
-from dropbp_fx.policy.presence import Presence, leaves_of
+from dropbp_fx.policy.presence import Leaves, Presence, leaves_of
 from dropbp_fx.runtime.instances import Anchors
 from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
@@ -30,6 +30,8 @@ class MetBranches:
         presence: what the graph says of its branches there.
         parameters: for each branch which arguments are its parameters; ``None`` where they are not all known.
         training: whether its forwards are training ones, even if nothing in them is trained.
+        idle: parameters of branches that would be dropped, were the model not in evaluation mode.
+        unsettled: those of a graph without branches in a model with graph breaks: other pieces may have some.
     """
 
     branches: tuple[Branch, ...]
@@ -41,6 +43,8 @@ class MetBranches:
     presence: Presence
     parameters: tuple[tuple[int, ...] | None, ...]
     training: bool
+    idle: Leaves = ()
+    unsettled: Leaves = ()
 
     def presence_of(self, own: Sequence[Branch], arguments: Sequence[object]) -> Presence:
         """What the graph says of its branches in another module, where they are ``own``.
