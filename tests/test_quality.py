@@ -706,7 +706,7 @@ def test_the_pages_tables_are_those_of_the_files() -> None:
     """After new results: the command on the page that fills it."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
     records = load_records(files)
-    page = (ROOT / "docs" / "quality.md").read_text()
+    page = (ROOT / "docs" / "experiments" / "quality.md").read_text()
     tables = report.tables(records, by_flops=["12x256", "12x256-long"])
     assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)
     assert filled(page, tables) == page
