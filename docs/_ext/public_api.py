@@ -8,8 +8,8 @@ dropbp_backend DropBPBackend
 ```
 ``````
 
-and gets an autodoc directive for each, classes with every member that has a docstring. ``tests/test_reference.py`` holds the pages
-against the modules.
+and gets an autodoc directive for each, classes with every member that has a docstring. ``tests/test_reference.py`` holds the
+pages against the modules.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def names(module: ModuleType) -> list[str]:
     stated = getattr(module, "__all__", None)
     if stated is not None:
         return list(stated)
-    return [
-        name for name, value in vars(module).items() if name[0] != "_" and _home(value) == module.__name__
-    ]  # what it imports is not its own
+    # What it imports is not its own.
+    return [name for name, value in vars(module).items() if name[0] != "_" and _home(value) == module.__name__]
 
 
 def members(cls: type) -> list[str]:
