@@ -1,4 +1,4 @@
-"""What no dropping would have reached in the same time: the only fair comparison where time is the limit."""
+"""What the baseline, training without dropping, would have reached in the same time: where time is the limit, nothing else is fair."""
 
 from __future__ import annotations
 
