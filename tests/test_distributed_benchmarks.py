@@ -105,7 +105,7 @@ def test_a_projected_step_lies_between_hiding_all_that_is_added_and_none() -> No
     runs = [run_of(record("torch.compile", None, 100.0), ours)]
     base, row = projection.rows(runs, [8], PLAIN)
     assert row == {
-        "suite": "1b", "engine": "DDP", "contestant": "dropbp_fx", "rate": 0.5,
+        "suite": "1b", "engine": "DDP", "method": "dropbp_fx", "rate": 0.5,
         "comm. ms, 2": "4.0", "comm. ms, 8": "16.0", "step ms, 8": "50.0 to 62.0", "speed-up, 8": "2.00 to 1.81",
     }  # fmt: skip
     assert "speed-up, 8" not in base
