@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -62,3 +63,19 @@ def test_public_means_all_or_what_a_module_defines() -> None:
 def test_a_block_of_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="dropbp_fx has no public name 'Branches'"):
         public_api.expanded("```{public-api} dropbp_fx\nBranch Branches\n```\n")
+
+
+def test_the_messages_that_troubleshooting_quotes_are_the_packages() -> None:
+    said = [
+        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in text.values)
+        if isinstance(text, ast.JoinedStr)
+        else text.value
+        for path in Path(dropbp_fx.__file__).parent.rglob("*.py")
+        for text in ast.walk(ast.parse(path.read_text()))
+        if isinstance(text, ast.JoinedStr) or (isinstance(text, ast.Constant) and isinstance(text.value, str))
+    ]
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = [quote for quote in re.findall(r"^\| `([^`]+)`", page, re.MULTILINE) if quote.count(" ") > 1]
+    assert len(quoted) > 25
+    unknown = [quote for quote in quoted if not any(quote in text for text in said)]
+    assert not unknown, f"No message of the package has these words; mend docs/troubleshooting.md: {unknown}"
