@@ -85,21 +85,22 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
 
 
 def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list[object]:
+    baseline = result.contestant in _BASELINE  # it has no rate, and no gap to itself
     name = _BASELINE.get(result.contestant, result.contestant)
     name = name if result.share == 1.0 else f"{name}, {result.share:.0%} of the steps"
     slower = recomputing and slower_at(result.memory, recomputing)
     return [
         name,
-        result.rate,
+        None if baseline else result.rate,
         f"{result.lr:.2g}",
         result.loss,
         result.spread,
         None if result.step_ms is None else f"{result.step_ms:.1f}",
         None if result.step_ms is None else result.flops,
         result.time,
-        _gap(result.loss, frontier, result.time),
-        _gap(result.loss, frontier, result.time / slower) if slower and result.time else None,
-        frontier.time(result.loss),
+        None if baseline else _gap(result.loss, frontier, result.time),
+        _gap(result.loss, frontier, result.time / slower) if slower and result.time and not baseline else None,
+        None if baseline else frontier.time(result.loss),
         result.memory,
     ]
 
