@@ -1,4 +1,4 @@
-"""The reference of the documentation has every public name; nothing is built here."""
+"""The reference has every public name, links resolve, quoted messages are the package's; nothing is built here."""
 
 from __future__ import annotations
 
@@ -79,3 +79,32 @@ def test_the_messages_that_troubleshooting_quotes_are_the_packages() -> None:
     assert len(quoted) > 25
     unknown = [quote for quote in quoted if not any(quote in text for text in said)]
     assert not unknown, f"No message of the package has these words; mend docs/troubleshooting.md: {unknown}"
+
+
+ROOT = DOCS.parent
+PAGES = sorted(page for page in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")) if "_build" not in page.parts)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(
+        r"^#{1,4} (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_resolves(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        if not name.startswith("http"):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{link}: there is no {target}"
+            assert not anchor or anchor in anchors(target), f"{link}: {target.name} has {sorted(anchors(target))}"
+
+
+def test_pages_named_in_the_code_exist() -> None:
+    for folder in ("dropbp_fx", "benchmarks", "examples", "tests", "docs/_ext"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"docs/[\w/-]+\.(?:md|svg)\b", path.read_text()):
+                assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
