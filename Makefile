@@ -59,7 +59,7 @@ docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_bui
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs $(DOCS_OUT)
 	@echo "The documentation is in $(DOCS_OUT)/index.html."
 
-bench: $(STAMP) ## compare with torch.compile and with dropping by hand (BENCH_ARGS="run 1b" on a GPU; docs/benchmarks.md)
+bench: $(STAMP) ## compare with torch.compile and with dropping by hand (BENCH_ARGS="run 1b" on a GPU; docs/experiments/benchmarks.md)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 ci: ## what continuous integration runs, from scratch in a directory of its own

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks import longest, targets
 from benchmarks.contestants import CONTESTANTS, DEFAULT
 from benchmarks.measure import Record, Request
+from benchmarks.pages import filled
 from benchmarks.processes import Clock, failed, in_own_process, without_first_steps
 from benchmarks.quality import cli as quality
 from benchmarks.results import ResultsFile, Run, load
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="print the targets and what was measured")
     compare.add_argument("results", nargs="+", type=Path)
+    compare.add_argument("--page", type=Path, help="put the tables into this page instead of printing them")
     compare.set_defaults(action=_compare)
 
     plot = commands.add_parser("plot", help="draw time against memory, and first steps")
@@ -182,7 +184,10 @@ def _compare(chosen: argparse.Namespace) -> None:
             runs += load(path)
         except ValueError as error:
             print(f"Left out: {error}", file=sys.stderr)
-    print(targets.table(runs))
+    if chosen.page is None:
+        print(targets.table(runs))
+    else:
+        chosen.page.write_text(filled(chosen.page.read_text(), targets.pages(runs)))
 
 
 def _plot(chosen: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ def tables(runs: Sequence[Run], alone: Sequence[Run] = ()) -> dict[str, str]:
         "losses": losses(runs),
         "patterns": patterns(runs),
         "failures": failures(runs),
-        "projection": projection.rows(runs),
+        "projection": [row for row in projection.rows(runs) if row["rate"] != 0.0],  # these are as torch.compile's
     }
     return {name: tabulate(found, "keys", tablefmt="github", disable_numparse=True) for name, found in rows.items()}
 

@@ -120,7 +120,7 @@ def label(record: Record) -> Record:
     return {
         "suite": record["suite"],
         "engine": engine + blocks,
-        "contestant": record["contestant"],
+        "method": record["contestant"],
         "rate": record["value"],
     }
 

@@ -34,12 +34,18 @@ class Target:
         what: the ratio, in words.
         limit: what it must not exceed, or, where ``at_least``, not fall below.
         find: the ratios that a run holds.
+        column: what it is called beside other targets of one setting, if it has one ratio for each.
     """
 
     what: str
     limit: float
     find: Callable[[Run], Iterable[Finding]]
     at_least: bool = False
+    column: str | None = None
+
+    @property
+    def bound(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:.2f}"
 
     def met(self, finding: Finding) -> bool:
         return finding.ratio >= self.limit if self.at_least else finding.ratio <= self.limit
@@ -47,16 +53,55 @@ class Target:
 
 def table(runs: Sequence[Run]) -> str:
     """Every target with every ratio found for it; a target no run has the figures for is listed as not measured."""
+    return _table(TARGETS, runs)
+
+
+def pages(runs: Sequence[Run]) -> dict[str, str]:
+    """Tables for the documentation by name: a verdict for each target, and the ratios behind those that have several."""
+    others = [target for target in TARGETS if target.column is None and len(_findings(target, runs)) > 1]
+    return {"verdicts": _verdicts(runs), "steps": _matrix(runs), "other ratios": _table(others, runs)}
+
+
+def _findings(target: Target, runs: Iterable[Run]) -> list[Finding]:
+    return [finding for run in runs for finding in target.find(run)]
+
+
+def _table(targets: Iterable[Target], runs: Sequence[Run]) -> str:
     rows: list[list[Any]] = []
-    for target in TARGETS:
-        bound = f"{'>=' if target.at_least else '<='} {target.limit:.2f}"
-        found = [finding for run in runs for finding in target.find(run)]
+    for target in targets:
+        found = _findings(target, runs)
         for finding in found:
             verdict = "met" if target.met(finding) else "missed"
-            rows.append([target.what, finding.where, f"{finding.ratio:.3f}", bound, verdict])
+            rows.append([target.what, finding.where, f"{finding.ratio:.3f}", target.bound, verdict])
         if not found:
-            rows.append([target.what, "", "", bound, "not measured"])
+            rows.append([target.what, "", "", target.bound, "not measured"])
     return tabulate(rows, ["what", "where", "measured", "target", "verdict"], tablefmt="github", disable_numparse=True)
+
+
+def _verdicts(runs: Sequence[Run]) -> str:
+    """How many of a target's ratios meet it, and between what they lie."""
+    rows = []
+    for target in TARGETS:
+        found = _findings(target, runs)
+        met, ratios = sum(map(target.met, found)), sorted({f"{finding.ratio:.3f}" for finding in found}, key=float)
+        verdict = "met" if met == len(found) else "missed" if not met else f"met in {met} of {len(found)}"
+        measured = " to ".join(dict.fromkeys((ratios[0], ratios[-1]))) if found else ""
+        rows.append([target.what, target.bound, verdict if found else "not measured", measured])
+    return tabulate(rows, ["what", "target", "verdict", "measured"], tablefmt="github", disable_numparse=True)
+
+
+def _matrix(runs: Sequence[Run]) -> str:
+    """A row for each setting of each run, a column for each target that has one ratio a setting."""
+    columns = [target for target in TARGETS if target.column is not None]
+    rows: dict[tuple[int, str], dict[str, str]] = {}
+    for number, run in enumerate(runs):
+        for target in columns:
+            for finding in target.find(run):
+                row = rows.setdefault((number, finding.where), {"where": finding.where})
+                row[f"{target.column} ({target.bound})"] = f"{finding.ratio:.3f}"
+    headers = ["where", *(f"{target.column} ({target.bound})" for target in columns)]
+    body = [[row.get(header, "") for header in headers] for row in rows.values()]
+    return tabulate(body, headers, tablefmt="github", disable_numparse=True)
 
 
 # ---- reading a run ---------------------------------------------------------------------------------------------------
@@ -188,11 +233,15 @@ def _recompiles(run: Run) -> Iterator[Finding]:
 
 def _targets() -> Iterator[Target]:
     rates = (0.5, 0.75, 0.875)
-    yield Target("step at rate 0 / torch.compile's", 1.0, _against(0.0, COMPILED, "step_ms"))
+    yield Target(
+        "step at rate 0 / torch.compile's", 1.0, _against(0.0, COMPILED, "step_ms"), column="torch.compile, rate 0"
+    )
     for rate in rates:
-        yield Target(f"step at rate {rate} / the floor F + (1-p)(T0-F-O) + O", 1.0, _over_floor(rate))
+        what = f"step at rate {rate} / the floor F + (1-p)(T0-F-O) + O"
+        yield Target(what, 1.0, _over_floor(rate), column=f"floor, {rate}")
     for name in CAREFUL:
-        yield Target(f"step at .875 / {name}'s", 0.95, _against(0.875, name, "step_ms", rival_rate=0.875))
+        by_hand = _against(0.875, name, "step_ms", rival_rate=0.875)
+        yield Target(f"step at .875 / {name}'s", 0.95, by_hand, column=f"{name}, 0.875")
     memory = _against(0.875, COMPILED, "activation_gib", loss="fused")
     yield Target("activation memory at .875 / torch.compile's, fused loss", 0.08, memory)
     for name in CAREFUL:

@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinxarg.ext",
     "graph_atlas",
+    "public_api",
 ]
 exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["colon_fence", "deflist"]

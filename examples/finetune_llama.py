@@ -263,7 +263,7 @@ def main() -> None:
         "Step ms: median of forward, backward and optimizer, after warm-up. Saved MiB: what autograd keeps for the "
         "backward, mean of the steps measured. Train loss: mean of the last ten steps.\n"
         "This shows speed and memory. Whether dropping pays in learning depends on which branches are dropped and when; "
-        "docs/quality.md says what is known."
+        "docs/choosing.md says what is known."
     )
     plot(runs, arguments.output)
     print(f"The loss curves are in {arguments.output}.")

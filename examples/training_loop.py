@@ -28,7 +28,7 @@ def main() -> None:
     inputs = torch.randn(4096, 32)
     targets = inputs[:, :8].prod(dim=1, keepdim=True).tanh() + inputs.sin().mean(dim=1, keepdim=True)
 
-    # 1. Half of the branches' backward is left out over the run; which half is what a policy is about (docs/policy.md).
+    # 1. Half of the branches' backward is left out over the run; which half is what a policy is about (docs/choosing.md).
     backend = dropbp_backend(rate=0.5, policy="progressive_freezing", seed=0)
     compiled = torch.compile(model, backend=backend)  # 2. as always with torch.compile
 

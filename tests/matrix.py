@@ -1,6 +1,7 @@
 """The families of models the tests train: tiny, random, each with its branches written down from reading its source.
 
-:data:`FAMILIES` is data. ``tests/test_matrix.py`` runs it, ``docs/models.md`` shows it, and a test holds the two together.
+:data:`FAMILIES` is data. ``tests/test_matrix.py`` runs it, ``docs/compatibility.md`` shows it, and a test holds the two
+together.
 """
 
 from __future__ import annotations

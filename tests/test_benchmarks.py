@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.contestants import CONTESTANTS, DEFAULT, Patterns
 from benchmarks.four_bit import dequantise, four_bit_linear, quantise
 from benchmarks.longest import Search
 from benchmarks.measure import Record, Request, measure
+from benchmarks.processes import ROOT
 from benchmarks.results import ResultsFile, Run, load
 
 pytestmark = pytest.mark.thorough
@@ -199,6 +201,40 @@ def test_targets_are_ratios_of_one_runs_figures(tmp_path: Path) -> None:
     apart[0].records = [r for r in apart[0].records if r["contestant"] == "dropbp_fx"]
     apart[1].records = [r for r in apart[1].records if r["contestant"] != "dropbp_fx"]
     assert "| met" not in targets.table(apart)  # figures of two runs make no ratio
+
+
+def test_a_page_has_a_verdict_for_each_target_and_the_ratios_behind_it(tmp_path: Path) -> None:
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+    slower = synthetic()
+    slower.records = [dict(r, step_ms=120.0) if r["value"] == 0.0 else r for r in slower.records]
+    tables = targets.pages([synthetic(), slower])
+    verdicts = {row[0]: row[1:] for row in cells(tables["verdicts"])}
+    assert list(verdicts)[2:] == [target.what for target in targets.TARGETS]
+    assert verdicts["step at rate 0 / torch.compile's"] == ["<= 1.00", "met in 1 of 2", "0.990 to 1.200"]
+    assert verdicts["step at rate 0.875 / the floor F + (1-p)(T0-F-O) + O"] == ["<= 1.00", "missed", "1.053"]
+    assert verdicts["tokens a second at .875 / eager's, 8B LoRA"] == [">= 2.60", "met", "3.000"]
+    assert verdicts["first step, warm / torch.compile's"] == ["<= 1.00", "not measured", ""]
+    headers, _, first, second = cells(tables["steps"])
+    assert headers[:3] == ["where", "torch.compile, rate 0 (<= 1.00)", "floor, 0.5 (<= 1.00)"]
+    assert first[:3] == ["8b-lora, 32 layers, fused loss", "0.990", "1.000"]
+    assert second[:3] == ["8b-lora, 32 layers, fused loss", "1.200", "1.000"]
+    others = [row[0] for row in cells(tables["other ratios"])[2:]]
+    assert others.count("step at .875 / checkpointing's with no less memory") == 2
+    assert not {"step at rate 0 / torch.compile's", "first step, warm / torch.compile's"} & set(others)
+
+
+def test_the_pages_tables_are_those_of_the_files(tmp_path: Path) -> None:
+    """After new results: the command on the page that fills it."""
+    page = ROOT / "docs" / "experiments" / "performance.md"
+    command = re.search(r"^python -m benchmarks compare (.*)\{(.*)\}\.json --page", page.read_text(), re.MULTILINE)
+    assert command is not None
+    files = [f"{ROOT / command[1]}{name}.json" for name in command[2].split(",")]
+    copy = tmp_path / page.name
+    copy.write_text(page.read_text())
+    main(["compare", *files, "--page", str(copy)])
+    assert copy.read_text() == page.read_text()
 
 
 def test_a_run_writes_a_file_that_compare_and_plot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

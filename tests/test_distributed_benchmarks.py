@@ -18,7 +18,7 @@ from benchmarks.results import Run, load
 
 pytestmark = pytest.mark.thorough
 
-PAGE = Path(__file__).parent.parent / "docs" / "distributed-performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "experiments" / "distributed.md"
 #: 1 GB a ms within a node, a tenth of it between nodes, nothing lost.
 PLAIN = Fabric(node=4, inside_gb_s=1000.0, between_gb_s=100.0, efficiency=1.0, inside_us=0.0, between_us=0.0)
 
@@ -105,7 +105,7 @@ def test_a_projected_step_lies_between_hiding_all_that_is_added_and_none() -> No
     runs = [run_of(record("torch.compile", None, 100.0), ours)]
     base, row = projection.rows(runs, [8], PLAIN)
     assert row == {
-        "suite": "1b", "engine": "DDP", "contestant": "dropbp_fx", "rate": 0.5,
+        "suite": "1b", "engine": "DDP", "method": "dropbp_fx", "rate": 0.5,
         "comm. ms, 2": "4.0", "comm. ms, 8": "16.0", "step ms, 8": "50.0 to 62.0", "speed-up, 8": "2.00 to 1.81",
     }  # fmt: skip
     assert "speed-up, 8" not in base
@@ -146,7 +146,7 @@ def test_a_page_gets_its_tables_anew() -> None:
 
 
 def test_the_pages_tables_are_those_of_the_files() -> None:
-    """After new results: python -m benchmarks.distributed_tables --page docs/distributed-performance.md"""
+    """After new results: python -m benchmarks.distributed_tables --page docs/experiments/distributed.md"""
     runs = [run for file in distributed_tables.FILES for run in load(file)]
     alone = [run for file in distributed_tables.ALONE for run in load(file)]
     page = PAGE.read_text()

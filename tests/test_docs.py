@@ -42,7 +42,16 @@ def blocks(page: Path) -> list[tuple[str, str, int]]:
 
 def test_every_page_with_code_is_found() -> None:
     names = {page.name for page in PAGES}
-    assert {"README.md", "tutorial.md", "trainer.md", "peft.md", "distributed.md", "policy.md", "debugging.md"} <= names
+    assert {
+        "README.md",
+        "tutorial.md",
+        "choosing.md",
+        "trainer.md",
+        "peft.md",
+        "distributed.md",
+        "policy.md",
+        "debugging.md",
+    } <= names
 
 
 def test_the_atlas_shows_every_kind_of_family_once() -> None:

@@ -34,7 +34,7 @@ def test_the_family_is_exact_and_its_branches_are_those_of_its_source(family: Fa
 
 
 def test_the_documentation_lists_exactly_these_families() -> None:
-    document = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    document = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
     section = document.split("## Families")[1].split("\n## ")[0]
     rows = [
         tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in section.splitlines() if "`" in line

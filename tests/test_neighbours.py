@@ -1,4 +1,4 @@
-"""What else people switch on beside a backend: each leaves any pattern exact. docs/neighbours.md has the table."""
+"""What else people switch on beside a backend: each leaves any pattern exact. docs/compatibility.md has the table."""
 
 from __future__ import annotations
 

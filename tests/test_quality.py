@@ -528,7 +528,8 @@ def test_a_result_without_a_time_is_told_and_not_compared(tmp_path: Path) -> Non
     )  # fmt: skip
     (table,) = report.tables(records).values()
     row = next(dict(zip(cells(table)[0], row, strict=False)) for row in cells(table) if row[0] == "window")
-    assert (row["loss"], row["time"], row["step, ms"], row["gap"]) == ("2.500", "", "", "")
+    assert (row["loss"], row["time"], row["step, ms"]) == ("2.500", "", "")
+    assert not {"gap, equal time", "gap, equal time and memory"} & set(row)  # nothing has one here
     assert table.endswith(
         "started from 2 models, each pretrained anew in the same way; held-out losses before: 4.000, 4.100."
     )
@@ -595,16 +596,18 @@ def test_tables_go_by_time_or_by_flops_for_each_size() -> None:
 
     timed, by_flops = report.tables([*task("12x768"), *task("mini")], by_flops=["mini"]).values()
     rows = [dict(zip(cells(timed)[0], row, strict=False)) for row in cells(timed)[2:]]
-    window = next(row for row in rows if row["contestant"] == "window")
+    window = next(row for row in rows if row["method"] == "window")
     assert (window["step, ms"], window["FLOPs"], window["time"]) == ("7.0", "0.600", "0.700")
-    assert float(window["same time, none"]) == pytest.approx(2.6)
+    assert float(window["gap, equal time"]) == pytest.approx(2.5 - 2.6)
     # Half of the layers recomputed: 1.125 times as long a step.
-    assert float(window["same time and memory, none"]) == pytest.approx(3 - (0.7 / 1.125 - 0.5) / 0.5, abs=1e-3)
-    rival = slice(cells(timed)[0].index("same time, none"), cells(timed)[0].index("time of none to this loss"))
-    bounds = {row[0]: row[rival] for row in cells(timed)}
-    assert bounds["suffix"] == ["2.900", "0.000", "> 3.000", "< -0.100"]  # half of the layers recomputed take too long
-    assert bounds["lowest"] == ["> 3.000", "< -0.200"] * 2
-    assert bounds["none"] == ["2.000", "0.000"] * 2
+    rival = 3 - (0.7 / 1.125 - 0.5) / 0.5
+    assert float(window["gap, equal time and memory"]) == pytest.approx(2.5 - rival, abs=1e-3)
+    gaps = slice(cells(timed)[0].index("gap, equal time"), cells(timed)[0].index("baseline's time"))
+    bounds = {row[0]: row[gaps] for row in cells(timed)}
+    assert bounds["suffix"] == ["0.000", "< -0.100"]  # half of the layers recomputed take too long
+    assert bounds["lowest"] == ["< -0.200"] * 2
+    assert bounds["baseline"] == ["", ""]  # none to itself
+    assert [row[0] for row in cells(timed)[2:4]] == ["baseline", "baseline, 50% of the steps"]
     assert "step, ms" not in by_flops
     assert next(row for row in cells(by_flops) if row[0] == "window")[cells(by_flops)[0].index("time")] == "0.600"
 
@@ -626,7 +629,7 @@ def test_the_command_writes_records_and_prints_gaps(
     assert [record["measurement"] for record in first.records] == ["quality before", *["quality"] * 4]
     printed = capsys.readouterr().out
     assert "tiny, mild, lora" in printed
-    assert "none, 50% of the steps" in printed
+    assert "baseline, 50% of the steps" in printed
     main(["quality", "--report", str(out)])
     assert capsys.readouterr().out.strip() == printed.strip()
     main(["quality", "--list"])
@@ -696,7 +699,7 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
     ]
     pictures.draw(records, tmp_path / "q.svg", by_flops=["mini"])
     text = (tmp_path / "q.svg").read_text()
-    assert all(f">{word}<" in text for word in ("a task", "no dropping", "window", "0.5", "FLOPs of the run"))
+    assert all(f">{word}<" in text for word in ("a task", "baseline", "window", "0.5", "FLOPs of the run"))
     assert "checkpointing" not in text
     with pytest.raises(ValueError, match="no task has a run of the contestant 'none' with all of its steps"):
         pictures.draw(records[4:], tmp_path / "q.svg", by_flops=["mini"])
@@ -706,7 +709,7 @@ def test_the_pages_tables_are_those_of_the_files() -> None:
     """After new results: the command on the page that fills it."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
     records = load_records(files)
-    page = (ROOT / "docs" / "quality.md").read_text()
+    page = (ROOT / "docs" / "experiments" / "quality.md").read_text()
     tables = report.tables(records, by_flops=["12x256", "12x256-long"])
     assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)
     assert filled(page, tables) == page

@@ -1,7 +1,7 @@
 """Run the core tests with several releases of PyTorch and print a Markdown table: ``python -m tests.versions``.
 
 Each release gets a virtual environment in a temporary directory, unless ``--python`` names an interpreter that has it. This
-takes long and downloads PyTorch, so continuous integration does not run it; docs/versions.md has its last result.
+takes long and downloads PyTorch, so continuous integration does not run it; docs/compatibility.md has its last result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What no dropping would have reached in the same time: the only fair comparison where time is the limit."""
+"""What the baseline, training without dropping, reaches in the same time: the one fair comparison where time is scarce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw held-out loss against time: each contestant beside the curve of no dropping."""
+"""Draw held-out loss against time: each method beside the curve of the baseline."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _line(axis: Any, name: str, results: Sequence[Result], colour: str, marker: 
         marker=marker,
         markersize=5,
         linewidth=2.2 if name == "none" else 1.0,
-        label="no dropping" if name == "none" else name,
+        label="baseline" if name == "none" else name,
     )
     if name == "none":
         return

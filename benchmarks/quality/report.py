@@ -1,4 +1,4 @@
-"""Tables of what was measured: each contestant beside what no dropping reached in the same time."""
+"""Tables of what was measured: each method beside what the baseline, training without dropping, reached in the same time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from benchmarks.measure import Record
 from benchmarks.quality.frontier import Frontier, Result, results_by_task
 from benchmarks.quality.methods import EXACT, methods
 
-_HEADERS = ("contestant", "rate", "lr", "loss", "sd", "step, ms", "FLOPs", "time", "same time, none", "gap",
-            "same time and memory, none", "gap", "time of none to this loss", "memory")  # fmt: skip
+_HEADERS = ("method", "rate", "lr", "loss", "sd", "step, ms", "FLOPs", "time", "gap, equal time",
+            "gap, equal time and memory", "baseline's time", "memory")  # fmt: skip
+#: The contestant that nothing is dropped of, and what tables call it.
+_BASELINE = {"none": "baseline"}
+#: Of a long run's parts, one in so many is shown, and the last.
+_PARTS_SHOWN = 5
 
 
 def tables(records: Sequence[Record], *, by_flops: Container[str] = ()) -> dict[str, str]:
@@ -46,8 +50,8 @@ def _losses(found: Sequence[Result]) -> str:
     as_they_are = [index for index, number in enumerate(known) if any(isinstance(row[number], str) for row in rows)]
     text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=as_they_are)
     steps = [
-        f"A step of {result.contestant} (rate {result.rate:g}) takes {result.time / result.share:.3f} of the time of none, "
-        f"and {result.memory:.3f} of the memory."
+        f"A step of {result.contestant} takes {result.time / result.share:.3f} of the baseline's time and "
+        f"{result.memory:.3f} of its memory."
         for result in found
         if result.contestant in EXACT and result.memory is not None and result.time is not None
     ]
@@ -67,45 +71,48 @@ def _starts(records: Sequence[Record], task: str) -> list[str]:
 
 
 def _rows(found: Sequence[Result]) -> list[list[object]]:
-    """Rows under ``_HEADERS``.
+    """Rows under ``_HEADERS``, the baseline's first.
 
-    "same time, none": what "none" reaches in the contestant's time. "same time and memory": what it reaches if as many
-    layers are recomputed as bring its memory down to the contestant's, so that it can take fewer steps.
+    A gap is a loss minus the baseline's, which has the same time; or the same time and memory: as many of its layers are
+    recomputed as bring its memory down to the method's, so that it can take fewer steps. "baseline's time" is what the
+    baseline takes to the method's loss.
     """
-    frontier = Frontier(result for result in found if result.contestant == "none")
+    frontier = Frontier(result for result in found if result.contestant in _BASELINE)
     recomputing = next((result for result in found if result.contestant == "checkpointing"), None)
-    return [_row(result, frontier, recomputing) for result in found if result.contestant not in EXACT]
+    shown = [result for result in found if result.contestant not in EXACT]
+    shown.sort(key=lambda result: -result.share if result.contestant in _BASELINE else 0.0)
+    return [_row(result, frontier, recomputing) for result in shown]
 
 
 def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list[object]:
-    name = result.contestant if result.share == 1.0 else f"{result.contestant}, {result.share:.0%} of the steps"
+    baseline = result.contestant in _BASELINE  # it has no rate, and no gap to itself
+    name = _BASELINE.get(result.contestant, result.contestant)
+    name = name if result.share == 1.0 else f"{name}, {result.share:.0%} of the steps"
     slower = recomputing and slower_at(result.memory, recomputing)
     return [
         name,
-        result.rate,
+        None if baseline else result.rate,
         f"{result.lr:.2g}",
         result.loss,
         result.spread,
         None if result.step_ms is None else f"{result.step_ms:.1f}",
         None if result.step_ms is None else result.flops,
         result.time,
-        *_against(result.loss, frontier, result.time),
-        *(_against(result.loss, frontier, result.time / slower) if slower and result.time else (None, None)),
-        frontier.time(result.loss),
+        None if baseline else _gap(result.loss, frontier, result.time),
+        _gap(result.loss, frontier, result.time / slower) if slower and result.time and not baseline else None,
+        None if baseline else frontier.time(result.loss),
         result.memory,
     ]
 
 
-def _against(loss: float, frontier: Frontier, time: float | None) -> tuple[str | None, str | None]:
-    """What "none" reaches in a time, and a loss minus that; bounds where all runs of "none" took longer."""
+def _gap(loss: float, frontier: Frontier, time: float | None) -> str | None:
+    """A loss minus what the baseline reaches in a time; a bound where all of its runs took longer."""
     if time is None:
-        return None, None
+        return None
     reached, least = frontier.loss(time), frontier.least_loss(time)
     if reached is not None:
-        return f"{reached:.3f}", f"{loss - reached:z.3f}"
-    if least is not None:
-        return f"> {least:.3f}", f"< {loss - least:.3f}"
-    return None, None
+        return f"{loss - reached:z.3f}"
+    return None if least is None else f"< {loss - least:.3f}"
 
 
 def slower_at(memory: float | None, recomputing: Result) -> float | None:
@@ -121,14 +128,16 @@ def slower_at(memory: float | None, recomputing: Result) -> float | None:
 
 
 def _long_runs(records: Sequence[Record]) -> dict[str, str]:
-    """What a long run looked like, a row a twentieth, and whether resuming it changed anything."""
+    """What a long run looked like, every fifth of its parts, and whether resuming it changed anything."""
     mine = [record for record in records if record["measurement"] == "quality endurance"]
     found = {}
     for key in dict.fromkeys((record["task"], record["contestant"], record["rate"]) for record in mine):
         task, contestant, rate = key
         rows = [record for record in mine if (record["task"], record["contestant"], record["rate"]) == key]
         names = ("part", "loss", "largest_loss", "asked", "realised", "memory_mib", "variants", "graphs")
-        body = [[record[name] for name in names] for record in rows if "part" in record]
+        parts = [record for record in rows if "part" in record]
+        shown = [*parts[::_PARTS_SHOWN], *parts[-1:]]
+        body = [[record[name] for name in names] for record in shown]
         text = tabulate(body, [name.replace("_", " ") for name in names], tablefmt="github", floatfmt=".3f")
         for record in rows:
             if "resumed_from" in record:
@@ -143,7 +152,16 @@ def _statistics(records: Sequence[Record]) -> dict[str, str]:
     """For each task and point, how far gradients are from exact ones, over all layers."""
     keys = ("point", "contestant", "rate")
     good = [r for r in records if r["measurement"] == "quality statistics" and "error" not in r and r["part"] != "rest"]
-    headers = [*keys, "sampling variance", "bias", "added variance", "cosine of means", "mean cosine, kept"]
+    headers = [
+        "point",
+        "method",
+        "rate",
+        "sampling variance",
+        "bias",
+        "added variance",
+        "cosine of means",
+        "mean cosine, kept",
+    ]
     found = {}
     for task in dict.fromkeys(record["task"] for record in good):
         groups: dict[tuple[object, ...], list[Record]] = {}

@@ -43,15 +43,15 @@ def presets() -> dict[str, Preset]:
     return {
         "dropbp": Preset(
             about="Random branches at a constant rate (Woo et al., NeurIPS 2024, without sensitivities), which saves memory "
-            "and time from the first step on. At equal time, no dropping with fewer steps learns more, and 'freezing' "
-            "learns more in the same time and memory (docs/quality.md); take it to reproduce or compare with the paper.",
+            "and time from the first step on. In the same time a baseline of fewer steps learns more, and 'freezing' learns "
+            "more in the same time and memory (docs/choosing.md); take it to reproduce or compare with the paper.",
             rate=0.5,
         ),
         "freezing": Preset(
             about="The lowest layers and the embedding below them are not trained, as with requires_grad_(False), and the "
             "gradients of all others are exact. Half of the layers save a third of a step's time and half of its activation "
-            "memory. Where all parameters are trained that learns more than no dropping in the same time; with LoRA of "
-            "rank 64 about as much, of rank 8 less, of twice the rank more (docs/quality.md). It need not be told of the "
+            "memory. Where all parameters are trained that learns more than the baseline in the same time; with LoRA of "
+            "rank 64 about as much, of rank 8 less, of twice the rank more (docs/choosing.md). It need not be told of the "
             "run's progress.",
             rate=0.5,
             pattern="lowest",
@@ -60,9 +60,9 @@ def presets() -> dict[str, Preset]:
         "progressive_freezing": Preset(
             about="All layers are trained at first, exactly; then the lowest end their training one after the other, and "
             "the gradients of those above stay exact (as in FreezeOut, Brock et al., 2017, but with one learning rate for "
-            "all). Where all parameters are trained it learns more than no dropping in the same time; take 0.5 to 0.7. "
-            "With LoRA of rank 8 it learns as much at 0.25 and less above (docs/quality.md). Memory is that of no dropping "
-            "at first and falls from then on; above 0.475 the run begins with layers frozen (0.7: 45 %), which save "
+            "all). Where all parameters are trained it learns more than the baseline in the same time; take 0.5 to 0.7. "
+            "With LoRA of rank 8 it learns as much at 0.25 and less above (docs/choosing.md). Memory is the baseline's at "
+            "first and falls from then on; above 0.475 the run begins with layers frozen (0.7: 45 %), which save "
             "memory throughout. It must be told of the run's progress.",
             rate=0.25,
             pattern="lowest",
