@@ -195,12 +195,57 @@ def random_program(seed: int, *, length: int = 6) -> Program:
     return Program(steps, count, rng.choice(ENDINGS), seed)
 
 
-def step_of(name: str) -> int:
-    """The add whose addend a branch called ``name`` computes: the last one that it does work for. A projection that splits
-    a stream off, or an add that only this branch reads, is part of the branch.
+def adds_of(program: Program, name: str) -> list[int]:
+    """The adds whose addends a branch called ``name`` computes: the last one that it does work for, and those that are terms
+    of the same sum and share its work. What else it works for (a projection that splits a stream off, an add that only this
+    branch reads) is part of it.
     """
     numbers = {int(number) for number in re.findall(r"work\.(\d+)", name)}
-    return max(numbers, key=lambda number: (number % SECOND, number))
+    last = max(numbers, key=lambda number: (number % SECOND, number))
+    return [number for number in sorted(numbers) if number in _same_sum(program, last)]
+
+
+def _same_sum(program: Program, last: int) -> set[int]:
+    """The adds in a row that end with ``last`` and whose sums nobody else reads: ``x + a + b``."""
+    current: dict[int, int] = {}  # by stream, the number of the add that made its value, where one did
+    uses: dict[int, int] = {}
+    before: dict[int, int] = {}  # by add, the one whose sum it adds to
+
+    def use(stream: int) -> None:
+        if stream in current:
+            uses[current[stream]] = uses.get(current[stream], 0) + 1
+
+    def add(stream: int, number: int) -> None:
+        use(stream)
+        if stream in current:
+            before[number] = current[stream]
+        current[stream] = number
+
+    for number, (kind, at, *rest) in enumerate(program.steps):
+        if kind == "add":
+            for source in rest[0]:
+                use(source)
+            add(at, number)
+        elif kind == "joint":
+            use(at)
+            use(rest[0])
+            add(at, number)
+            add(rest[0], number + SECOND)
+        elif kind == "merge":
+            use(rest[0])
+            add(at, number)
+        elif kind in ("split", "aux"):
+            use(at)
+        elif kind in ("norm", "permute"):
+            current.pop(at, None)
+        elif kind == "stack":
+            current.pop(at, None)
+            current.pop(rest[0], None)
+    found = {last}
+    while last in before and uses[before[last]] == 1:
+        last = before[last]
+        found.add(last)
+    return found
 
 
 def gradients(program: Program, cut: Collection[int], x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -248,7 +293,7 @@ def check_program(seed: int) -> tuple[int, int]:
     patterns += [[index for index in droppable if rng.random() < 0.5] for _ in range(2)]
     compared = refused = 0
     for pattern in patterns:
-        steps = [step_of(backend.branches[index].name) for index in pattern]
+        steps = [number for index in pattern for number in adds_of(program, backend.branches[index].name)]
         try:
             actual = trained(pattern)
         except ValueError as error:
