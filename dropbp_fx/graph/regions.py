@@ -145,7 +145,8 @@ def split_into_regions(
 
 def _gate_edge(branch: ResidualBranch, node: fx.Node, user: fx.Node, label: int) -> list[fx.Node]:
     graph = node.graph
-    with graph.inserting_after(node):
+    is_input = node.op in ("placeholder", "get_attr")
+    with graph.inserting_before(user) if is_input else graph.inserting_after(node):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
@@ -155,7 +156,7 @@ def _gate_edge(branch: ResidualBranch, node: fx.Node, user: fx.Node, label: int)
 def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
     """Gate the parameters that a branch reads, once each and before their first use in it."""
     gates: dict[fx.Node, fx.Node] = {}
-    for user in branch.body:
+    for user in branch.readers:
         for parent in user.all_input_nodes:
             if parent.op != "placeholder" or not _is_trainable_parameter(branch, parent):
                 continue
