@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropbp_fx import dropbp_backend
+from dropbp_fx.graph.naming import module_path
 from tests.oracle import DetachPoint, assert_exact
-from tests.test_branches import names, search
+from tests.test_branches import search
 
 D, TOKENS, STREAMS = 8, 4, 3
 INPUT = torch.linspace(-2, 2, 2 * TOKENS * D).reshape(2, TOKENS, D).sin()
@@ -80,7 +81,7 @@ def written_at(m: Any, x: Tensor) -> Tensor:
 
 
 def written_slice(m: Any, x: Tensor) -> Tensor:
-    stream = x.clone()
+    stream = x * 1.0
     stream[:, 1:] += m.work(x)[:, 1:]
     return stream
 
@@ -180,7 +181,16 @@ FORMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], list[str] | tuple[list[s
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+#: Those that the quick tests go through: one of each kind.
+QUICK = (
+    *("sum of a list", "bias between", "rsub", "sub in place", "addcmul", "addmm", "lerp by a gate"),
+    *("index_add", "list add in place", "broadcast beside another", "mix by a vector"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in FORMS]
+)
 def test_a_form_of_residual_add_is_found_and_exact(name: str) -> None:
     form, detached = FORMS[name]
     model = Network(form)
@@ -194,3 +204,197 @@ def test_a_form_of_residual_add_is_found_and_exact(name: str) -> None:
     patterns = [[], [0], [len(points) - 1], list(everything)[1:]]
     loose = {"rtol": 2e-2, "atol": 2e-2} if name == "bfloat16 branch" else {}
     assert_exact(model, run, backend, square, points, patterns=patterns, **loose)  # type: ignore[arg-type]
+
+
+class HyperConnection(nn.Module):
+    """Several streams: a layer reads a weighted sum of them, they are mixed, and its output is added to each, weighted."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.norm, self.work = nn.LayerNorm(D), Work()
+        self.read = nn.Parameter(torch.linspace(0.2, 0.5, STREAMS))
+        self.write = nn.Parameter(torch.linspace(1.2, 0.5, STREAMS))
+        self.mix = nn.Parameter(torch.eye(STREAMS) + 0.1)
+        self.weights = nn.Linear(D, STREAMS + 2)
+        self.project = nn.Linear(STREAMS * D, STREAMS * (STREAMS + 2))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return getattr(self, self.how)(streams)
+
+    def static(self, streams: Tensor) -> Tensor:
+        mixed = torch.einsum("bsnd,nm->bsmd", streams, self.mix)
+        h = self.work(self.norm(torch.einsum("bsnd,n->bsd", streams, self.read)))
+        return mixed + h.unsqueeze(-2) * self.write[:, None]
+
+    def unweighted(self, streams: Tensor) -> Tensor:
+        return self.mix @ streams + self.work(self.norm((streams * self.read[:, None]).sum(-2))).unsqueeze(-2)
+
+    def repeated(self, streams: Tensor) -> Tensor:
+        h = self.work(self.norm(streams.mean(-2)))
+        return h.unsqueeze(-2).expand(-1, -1, STREAMS, -1) + torch.matmul(self.mix, streams)
+
+    def dynamic(self, streams: Tensor) -> Tensor:
+        """As in the paper: reading and mixing are one product, by weights that are computed from the streams."""
+        weights = self.weights(self.norm(streams)).tanh() * 0.1
+        alpha = torch.cat([self.read[:, None], self.mix], 1) + weights[..., :-1]
+        beta = self.write + weights[..., -1]
+        mixed = alpha.transpose(-1, -2) @ streams
+        h = self.work(self.norm(mixed[..., 0, :]))
+        return torch.einsum("bsd,bsn->bsnd", h, beta) + mixed[..., 1:, :]
+
+    def constrained(self, streams: Tensor) -> Tensor:
+        """Manifold-constrained: one projection makes all weights, and the mixing ones become doubly stochastic."""
+        weights = self.project(F.rms_norm(streams.flatten(-2), (STREAMS * D,)))
+        read, write, mix = weights.split([STREAMS, STREAMS, STREAMS * STREAMS], -1)
+        mix = mix.reshape(*mix.shape[:-1], STREAMS, STREAMS).softmax(-1)
+        for _ in range(2):
+            mix = mix / mix.sum(-2, keepdim=True)
+            mix = mix / mix.sum(-1, keepdim=True)
+        h = self.work(self.norm((read.sigmoid().unsqueeze(-1) * streams).sum(-2)))
+        return (2 * write.sigmoid()).unsqueeze(-1) * h.unsqueeze(-2) + torch.matmul(mix.transpose(-1, -2), streams)
+
+    def folded(self, streams: Tensor) -> Tensor:
+        """Streams kept in the batch's dimension."""
+        apart = streams.transpose(1, 2).reshape(-1, TOKENS, D).view(-1, STREAMS, TOKENS, D)
+        mixed = torch.einsum("st,bsnd->btnd", self.mix, apart)
+        h = self.work(self.norm(torch.einsum("s,bsnd->bnd", self.read, apart)))
+        return (mixed + torch.einsum("bnd,s->bsnd", h, self.write)).transpose(1, 2)
+
+
+HYPER = ("unweighted", "repeated", "constrained", "folded")
+
+
+class HyperNetwork(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(D, D), nn.Linear(D, D)
+        self.layers = nn.ModuleList(HyperConnection(how) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = self.stem(x).unsqueeze(-2).repeat(1, 1, STREAMS, 1) * torch.linspace(0.5, 1, STREAMS)[:, None]
+        for layer in self.layers:
+            streams = layer(streams)
+        return self.head(streams.sum(-2))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["static", "dynamic", *(pytest.param(how, marks=pytest.mark.thorough) for how in HYPER)],
+)
+def test_hyper_connections_are_found_and_the_weights_of_their_streams_keep_their_gradients(how: str) -> None:
+    model = HyperNetwork(how)
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(model, backend=backend)
+    points: list[DetachPoint] = [f"layers.{i}.work" for i in range(4)]
+    assert_exact(model, run, backend, square, points, patterns=[[], [0], [3], [1, 2], [1, 2, 3]])
+
+
+class Inner(nn.Module):
+    """A mixer that does to a value of its own what ``change`` says, inside of a plain residual branch."""
+
+    def __init__(self, change: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.q, self.o = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
+        self.a, self.b = nn.Linear(D, 2, bias=False), nn.Linear(2, D, bias=False)
+        self.vector = nn.Parameter(torch.linspace(0.3, 0.7, D))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.o(self.change(self, self.q(self.norm(x))))
+
+
+def shifted(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 1, -1))
+
+
+def rotary(m: Any, x: Tensor) -> Tensor:
+    angle = torch.arange(TOKENS)[:, None] * torch.linspace(1, 2, D)
+    turned = torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1)
+    return torch.addcmul(x * angle.cos(), turned, angle.sin()) + x * angle.cos()
+
+
+def recurrence(m: Any, x: Tensor) -> Tensor:
+    state = torch.zeros(2, D)
+    read = []
+    for step in range(TOKENS):
+        gate = (m.q(x[:, step]) + m.o(state)).sigmoid()
+        state = gate * state + (1 - gate) * (m.q(x[:, step]) + m.o(state)).tanh()
+        read.append(state)
+    return torch.stack(read, 1)
+
+
+def experts(m: Any, x: Tensor) -> Tensor:
+    weights = m.a(x).softmax(-1)
+    return torch.stack([m.q(x) * weights[..., :1], m.o(x) * weights[..., 1:]]).sum(0)
+
+
+INSIDE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "rotary embedding": rotary,
+    "mask": lambda m, x: ((x @ x.mT) - torch.ones(TOKENS, TOKENS).triu(1) * 1e4).softmax(-1) @ x,
+    "mask fused": lambda m, x: torch.baddbmm(torch.zeros(TOKENS, TOKENS), x, x.mT).softmax(-1) @ x,
+    "bias": lambda m, x: x - m.vector + 1.0,
+    "LoRA": lambda m, x: torch.add(m.q(x), m.b(m.a(x)), alpha=2),
+    "LoRA fused": lambda m, x: torch.addmm(m.q(x).flatten(0, 1), m.a(x).flatten(0, 1), m.b.weight.T).view_as(x),
+    "gated linear unit": lambda m, x: m.q(x).sigmoid() * m.o(x),
+    "time mixing": lambda m, x: x * m.vector + shifted(x) * (1 - m.vector),
+    "time mixing by lerp": lambda m, x: torch.lerp(x, shifted(x), m.vector),
+    "adapter by lerp": lambda m, x: torch.lerp(x, m.b(m.a(x).relu()), 0.5),
+    "squeeze and excitation": lambda m, x: x + m.b(m.a(x.mean(1, keepdim=True)).relu()),
+    "recurrence": recurrence,
+    "experts": experts,
+    "position embedding": lambda m, x: torch.add(x, m.vector.expand_as(x), alpha=0.5),
+    "local mixing beside attention": lambda m, x: (x @ x.mT).softmax(-1) @ x + m.b(m.a(x)),
+    "outer product": lambda m, x: x * 0.5 + (m.vector[:TOKENS, None] * m.vector).expand_as(x),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_looks_like_a_residual_add_inside_of_a_branch_belongs_to_it(name: str) -> None:
+    model = nn.Sequential(*(Inner(INSIDE[name]) for _ in range(2)))
+    found = search(model, INPUT).branches
+    assert [module_path(branch.outputs[0][0]) for branch in found] == ["0.o", "1.o"]
+    assert all(len(branch.outputs) == 1 for branch in found)
+
+
+class Alone(nn.Module):
+    """Nothing is added to a stream here."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(D, D), nn.Linear(D, D)
+        self.vector = nn.Parameter(torch.linspace(0.3, 0.7, D))
+        self.register_buffer("average", torch.zeros(D))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
+def running_average(m: Any, x: Tensor) -> Tensor:
+    y = m.o(m.q(x).tanh())
+    m.average.lerp_(y.detach().mean((0, 1)), 0.1)
+    return y - m.average
+
+
+def noise_prediction(m: Any, x: Tensor) -> Tensor:
+    noise = torch.linspace(-1, 1, x.numel()).view_as(x)
+    return (m.o(m.q(0.8 * x + 0.6 * noise).tanh()) - noise).square().mean()
+
+
+ALONE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "autoencoder": lambda m, x: (x - m.o(m.q(x).tanh())).square().mean(),
+    "autoencoder, absolute": lambda m, x: torch.sub(m.o(m.q(x).tanh()), x).abs().sum(),
+    "noise prediction": noise_prediction,
+    "running average": running_average,
+    "recurrence": recurrence,
+    "projections": lambda m, x: torch.lerp(m.q(x), m.o(x), m.vector),
+    "projected shortcut": lambda m, x: torch.sub(m.q(x), m.o(m.o(x).tanh())),
+    "mean of one number": lambda m, x: x + m.o(m.q(x).tanh()).mean(),
+    "losses": lambda m, x: m.q(x).square().mean() + 0.1 * m.o(m.q(x)).abs().mean(),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_sum_without_a_stream_has_no_branch(name: str) -> None:
+    assert search(Alone(ALONE[name]), INPUT).branches == ()

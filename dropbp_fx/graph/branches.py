@@ -492,11 +492,8 @@ class _GraphSearch:
         weighed = tuple(single for other in others for single in expanded(other))
         node = root
         while is_piece(node) or self._looks_through(node):
-            if is_piece(node):
-                node = node.args[0]  # type: ignore[assignment]
-                yield _Reading(node, weighed if weighed and mixed(node) else tuple(others), False)
-            else:
-                node = self._skip_root(node)
+            node = self._as_read(node, node.all_input_nodes[0]) if is_piece(node) else self._skip_root(node)
+            yield _Reading(node, weighed if weighed and mixed(node) else tuple(others), False)
         for stream in mixed(node):
             for single in weighed:
                 yield _Reading(self._skip_root(stream), (single,), False)
@@ -626,8 +623,17 @@ class _GraphSearch:
     def _skip_root(self, node: fx.Node) -> fx.Node:
         """Look through what only scales or casts the skip, or adds a bias: ``alpha * x``, dropout, a view, ``x + 1``."""
         while self._looks_through(node):
-            (node,) = self._activations_of(node)
+            node = self._as_read(node, self._activations_of(node)[0])
         return node
+
+    def _as_read(self, reader: fx.Node, value: fx.Node) -> fx.Node:
+        """``value``, or what was last written into its memory before ``reader`` read it."""
+        memory = self.storage[self.position[value]]
+        for index in self.reads[self.position[reader]]:
+            written = (self.storage[self.position[target]] for target in mutated_by(self.nodes[index]))
+            if memory is not None and index > self.position[value] and memory in written:
+                return self.nodes[index]
+        return value
 
     def _looks_through(self, node: fx.Node) -> bool:
         if len(self._activations_of(node)) != 1 or not self.parents[self.position[node]]:
