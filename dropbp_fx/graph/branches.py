@@ -325,7 +325,7 @@ class _GraphSearch:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.storage = [storage_of(example_value(node)) for node in self.nodes]
         self.last_write: dict[int, int] = {}
