@@ -115,6 +115,8 @@ def points_of(model: Network) -> list[Any]:
 
 FORMS = ("minus", "lerp", "highway", "indexed", "broadcast")
 WAYS = ("pre", "post", "scaled", "in place", "parallel", "cross", "frozen", *FORMS)
+#: Without "cross", "frozen" and "highway": its gate belongs to the stream and runs before the branch, so it is below it.
+WAYS_ALONE = ("pre", "post", "scaled", "in place", "parallel", *(form for form in FORMS if form != "highway"))
 KINDS = st.sampled_from(("mlp", "attention", "conv"))
 BLOCKS = st.lists(
     st.sampled_from(WAYS).flatmap(
@@ -179,7 +181,7 @@ class Stack(nn.Module):
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     blocks=st.lists(
-        st.tuples(st.sampled_from(("pre", "post", "scaled", "in place", "parallel", *FORMS)), st.tuples(KINDS, KINDS)),
+        st.tuples(st.sampled_from(WAYS_ALONE), st.tuples(KINDS, KINDS)),
         min_size=2,
         max_size=4,
     ),
