@@ -213,7 +213,7 @@ def _requires_gradient(gm: fx.GraphModule) -> bool:
 def parameters_of(branch: ResidualBranch) -> list[fx.Node]:
     """Graph inputs that a branch reads and that are tensors of floating point: its parameters and buffers."""
     graph_inputs: dict[fx.Node, None] = {}
-    for node in branch.body:
+    for node in branch.readers:
         for parent in node.all_input_nodes:
             if parent.op == "placeholder":
                 # Inside nested checkpoints it cannot be told which operand is meant: any of them may be.

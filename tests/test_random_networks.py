@@ -59,6 +59,18 @@ class Block(nn.Module):
             return h
         if self.way == "parallel":
             return x + branch(self.norm(x)) + self.branches[1](self.other_norm(x))
+        if self.way == "minus":
+            return x - branch(self.norm(x))
+        if self.way == "lerp":
+            return torch.lerp(x, branch(self.norm(x)), 0.4)
+        if self.way == "highway":
+            gate = self.other_norm(x).sigmoid()
+            return x * gate + branch(self.norm(x)) * (1 - gate)
+        if self.way == "indexed":
+            rows = torch.arange(0, D - 2, 2, device=x.device)
+            return x.index_add(1, rows, branch(self.norm(x[:, rows])))
+        if self.way == "broadcast":
+            return x + branch(self.norm(x.mean(1, keepdim=True)))
         if self.way == "cross":
             return x + branch(self.norm(x), memory)
         return x + branch(self.norm(x))
@@ -101,7 +113,10 @@ def points_of(model: Network) -> list[Any]:
     return points
 
 
-WAYS = ("pre", "post", "scaled", "in place", "parallel", "cross", "frozen")
+FORMS = ("minus", "lerp", "highway", "indexed", "broadcast")
+WAYS = ("pre", "post", "scaled", "in place", "parallel", "cross", "frozen", *FORMS)
+#: Without "cross", "frozen" and "highway": its gate belongs to the stream and runs before the branch, so it is below it.
+WAYS_ALONE = ("pre", "post", "scaled", "in place", "parallel", *(form for form in FORMS if form != "highway"))
 KINDS = st.sampled_from(("mlp", "attention", "conv"))
 BLOCKS = st.lists(
     st.sampled_from(WAYS).flatmap(
@@ -166,7 +181,7 @@ class Stack(nn.Module):
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     blocks=st.lists(
-        st.tuples(st.sampled_from(("pre", "post", "scaled", "in place", "parallel")), st.tuples(KINDS, KINDS)),
+        st.tuples(st.sampled_from(WAYS_ALONE), st.tuples(KINDS, KINDS)),
         min_size=2,
         max_size=4,
     ),

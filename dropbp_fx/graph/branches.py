@@ -26,12 +26,20 @@ import torch.nn.functional as F
 from torch import fx
 
 from dropbp_fx._torch import checkpoint_operator
-from dropbp_fx.graph.streams import run_side_by_side, streams_of
-
-_ADDITION_FUNCTIONS = frozenset({operator.add, operator.iadd, torch.add})
-_ADDITION_METHODS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_INPLACE_FUNCTIONS = frozenset({operator.iadd})
-_INPLACE_METHODS = frozenset({"add_", "__iadd__"})
+from dropbp_fx.graph.residual_forms import (
+    OUT_OF_PLACE,
+    Term,
+    expanded,
+    form_of,
+    gated_mix,
+    is_inplace,
+    is_piece,
+    is_view,
+    mixed,
+    scales_only,
+    split_list_adds,
+)
+from dropbp_fx.graph.streams import Stream, run_side_by_side, streams_of
 
 _WORK_FUNCTIONS = frozenset(
     {
@@ -75,7 +83,8 @@ class ResidualBranch:
         graph: the graph that holds it: the top graph, or the body of an activation checkpoint.
         skip: the node of ``x``, the stream the branch reads and is added to.
         outputs: the node of ``h`` and the add that takes it; several where ``h`` is itself a sum whose terms are added
-            to the stream one by one (LoRA's update beside the frozen layer's output).
+            to the stream one by one (LoRA's update beside the frozen layer's output), or a product whose factors are
+            handed to the add. See :mod:`~dropbp_fx.graph.residual_forms` for what takes ``h`` where it is no plain add.
         addition: the outermost add of the (possibly parallel) sum that ``h`` goes into.
         body: nodes from after ``skip`` to ``output``: descendants of the one and ancestors of the other, branches of other
             streams left out, and what is computed on the way for the branch alone (a cross-attention's keys and values of
@@ -107,9 +116,14 @@ class ResidualBranch:
         return operand if isinstance(operand, fx.Node) else None
 
     @property
+    def readers(self) -> tuple[fx.Node, ...]:
+        """The body, and an add that multiplies as well (``addmm``): what may read the branch's parameters."""
+        return (*self.body, *(node for node in dict.fromkeys(user for _, user in self.outputs) if _is_fused(node)))
+
+    @property
     def work(self) -> tuple[fx.Node, ...]:
-        """The body's matrix products, convolutions and the like, in execution order."""
-        return tuple(node for node in self.body if does_work(node))
+        """The branch's matrix products, convolutions and the like, in execution order."""
+        return tuple(node for node in self.readers if does_work(node))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +158,23 @@ def normalise_inplace_adds(gm: fx.GraphModule) -> int:
     """Rewrite ``x += h`` so that later uses of ``x`` read the sum's node, and as ``x + h`` where nobody can tell.
 
     An in-place add may become out of place when its operand is no graph input, no other node that shares its memory is
-    used afterwards, and type promotion would not change the result's dtype. Numerics are preserved.
+    used afterwards, and type promotion would not change the result's dtype. Every other form that adds in place
+    (``x.addcmul_(g, h)``) likewise, and adds of whole lists become one add each. Numerics are preserved.
 
     Returns:
         The number of adds made out of place.
     """
     count = 0
     for module, graph in _graphs(gm):
-        changed = False
+        changed = split_list_adds(graph)
         position = {node: index for index, node in enumerate(graph.nodes)}
         aliases = _nodes_by_storage(graph)
         for node in list(graph.nodes):
-            if not _is_inplace_addition(node) or not isinstance(node.args[0], fx.Node):
+            mutated = node.args[0] if node.args else None
+            if not isinstance(mutated, fx.Node) or not is_inplace(node):
                 continue
-            mutated = node.args[0]
+            if not isinstance(example_value(mutated), torch.Tensor):
+                continue
             for user in list(mutated.users):
                 if position[user] > position[node]:
                     user.replace_input_with(mutated, node)
@@ -172,7 +189,7 @@ def normalise_inplace_adds(gm: fx.GraphModule) -> int:
             if observed or mutated.op == "placeholder" or _promotes(node):
                 continue
             with graph.inserting_before(node):
-                replacement = graph.call_function(torch.add, node.args, dict(node.kwargs))
+                replacement = graph.call_function(OUT_OF_PLACE[node.target], node.args, dict(node.kwargs))
             replacement.meta = dict(node.meta)
             position[replacement] = position[node]
             node.replace_all_uses_with(replacement)
@@ -309,6 +326,7 @@ class Candidate:
 
     Attributes:
         body: positions of what is computed from ``skip`` and leads to an output, as bits.
+        plain: a sum of equals; any other form is taken only where it neither lies in nor goes around such a one.
         own: those of them that are no part of a branch of another stream, and what is computed for this one alone.
     """
 
@@ -316,7 +334,17 @@ class Candidate:
     outputs: tuple[tuple[fx.Node, fx.Node], ...]
     addition: fx.Node
     body: int
+    plain: bool
     own: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A way to read a sum: the stream, and the summands that may be branches of it."""
+
+    skip: fx.Node
+    added: tuple[Term, ...]
+    plain: bool
 
 
 class GraphSearch:
@@ -329,7 +357,7 @@ class GraphSearch:
 
     def __init__(self, graph: fx.Graph, stored: Collection[fx.Node]) -> None:
         self.graph = graph
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.storage = [storage_of(example_value(node)) for node in self.nodes]
         self.last_write: dict[int, int] = {}
@@ -365,6 +393,7 @@ class GraphSearch:
         self.given = {self.storage[index] for index, node in enumerate(self.nodes) if node.op == "placeholder"} - {None}
         self.live = self._reaching_outputs()
         self.stored = stored
+        self._streams: dict[int, Stream] = {}
 
     def _reaching_outputs(self) -> list[bool]:
         """Which nodes a graph output, or what is left in a graph input's memory, depends on."""
@@ -391,14 +420,16 @@ class GraphSearch:
         rejected: list[RejectedAdd] = []
         absorbed: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node in absorbed or not self._is_residual_shaped(node):
+            if node in absorbed or not self._is_sum(node):
                 continue
             terms = list(self._terms(node, absorbed))
-            mine = list(self._branches_of(node, terms))
-            if not mine:
+            mine = [c for c in self._branches_of(node, terms) if not self._is_an_error(c, terms)]
+            if not mine and self._is_residual_shaped(node):
                 rejected.append(RejectedAdd(node, "neither summand is computed from the other by a matrix product"))
             candidates.extend(mine)
-        accepted = self._innermost_stream_adds(candidates, rejected)
+        self._streams = streams_of(self, candidates)
+        accepted = self._innermost_stream_adds([c for c in candidates if c.plain], rejected)
+        accepted += self._beside(accepted, [c for c in candidates if not c.plain], rejected)
         accepted.sort(key=lambda c: (self.position[c.addition], self.position[c.outputs[0][0]]))
         accepted = self._with_own_work(accepted, rejected)
         branches = [
@@ -415,107 +446,241 @@ class GraphSearch:
         ]
         return branches, rejected
 
-    def _is_residual_shaped(self, node: fx.Node) -> bool:
-        operands = _summands(node)
-        if operands is None or not self.parents[self.position[node]] or not self.live[self.position[node]]:
+    def _is_sum(self, node: fx.Node) -> bool:
+        """Whether a node is a differentiable sum that is used, some summand of which could be a stream."""
+        form, index = form_of(node), self.position[node]
+        if form is None or not self.parents[index] or not self.live[index] or not _is_activation(node):
             return False
-        values = [example_value(operand) for operand in operands] + [example_value(node)]
-        return all(
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.ndim >= 1
-            and same_shape(value, values[-1])
-            for value in values
-        )
+        if not all(_is_activation(value, scalar=True) for term in form.terms for value in term.values):
+            return False
+        return any(term.may_be_stream and _have_one_shape(term.value, node) for term in form.terms)
 
-    def _terms(self, node: fx.Node, absorbed: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """The summands of a sum and the add each goes into; adds used by nothing else are part of the sum."""
-        for operand in _summands(node) or ():
-            if len(operand.users) == 1 and not _is_inplace_addition(operand) and self._is_residual_shaped(operand):
+    def _is_residual_shaped(self, node: fx.Node) -> bool:
+        """Whether a node is a sum of activations of one shape."""
+        form = form_of(node)
+        if form is None or len(form.terms) < 2 or form.fused or not self._is_sum(node):
+            return False
+        return all(_have_one_shape(term.value, node) for term in form.terms)
+
+    def _terms(self, node: fx.Node, absorbed: set[fx.Node], plain: bool = True) -> Iterator[Term]:
+        """The summands of a sum; sums used by nothing else are part of it."""
+        form = form_of(node)
+        for term in form.terms if form is not None else ():
+            operand = term.value
+            inner = form_of(operand) if form is not None and form.opens and len(term.values) == 1 else None
+            if inner is not None and inner.opens and self._may_open(operand, node):
                 absorbed.add(operand)
-                yield from self._terms(operand, absorbed)
+                yield from self._terms(operand, absorbed, plain and term.plain)
             else:
-                yield operand, node
+                equal = all(_have_one_shape(value, node) for value in term.values)
+                yield dataclasses.replace(term, plain=plain and term.plain and equal)
 
-    def _branches_of(self, addition: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> Iterator[Candidate]:
+    def _may_open(self, operand: fx.Node, total: fx.Node) -> bool:
+        one_use = len(operand.users) == 1 and not is_inplace(operand)
+        return one_use and self._is_sum(operand) and _have_one_shape(operand, total)
+
+    def _branches_of(self, addition: fx.Node, terms: Sequence[Term]) -> Iterator[Candidate]:
         """For every term that others are computed from: those others, in groups that belong together."""
         seen: set[fx.Node] = set()
-        for term, _ in terms:
-            for skip in (term, self._skip_root(term)):
-                at = self.position[skip]
+        for term in terms:
+            if not term.may_be_stream or not _have_one_shape(term.value, addition):
+                continue
+            for reading in self._readings(term, [other for other in terms if other is not term]):
+                at = self.position[reading.skip]
                 dependent = [
-                    (output, consumer)
-                    for output, consumer in terms
-                    if output is not term and output is not skip and self.ancestors[self.position[output]] >> at & 1
+                    other
+                    for other in reading.added
+                    if reading.skip not in other.values
+                    and any(self.ancestors[self.position[v]] >> at & 1 for v in other.values if _is_activation(v))
                 ]
-                if not dependent or skip in seen:
+                if not dependent or reading.skip in seen:
                     continue
-                seen.add(skip)
-                for group in self._together(skip, dependent):
+                found = False
+                for group in self._together(reading.skip, dependent):
                     body = 0
-                    for output, _ in group:
-                        body |= self.descendants[at] & self.ancestors[self.position[output]]
+                    for value in (value for member in group for value in member.values):
+                        body |= self.descendants[at] & self.ancestors[self.position[value]]
                     body &= ~(1 << at)
-                    if any(does_work(node) for node in self._members(body)):
-                        yield Candidate(skip, self._collapsed(addition, group), addition, body)
-                break
+                    works = any(does_work(node) for node in self._members(body))
+                    if works or any(_is_fused(member.consumer) and does_work(member.consumer) for member in group):
+                        found = True
+                        plain = reading.plain and all(member.plain for member in group)
+                        kept = [other for other in terms if other in dependent and other not in group]
+                        edges = self._collapsed(addition, terms, group, kept)
+                        yield Candidate(reading.skip, edges, addition, body, plain)
+                if found or reading.plain:
+                    seen.add(reading.skip)
+                    break
 
-    def _together(self, skip: fx.Node, terms: Sequence[tuple[fx.Node, fx.Node]]) -> list[list[tuple[fx.Node, fx.Node]]]:
+    def _readings(self, term: Term, others: Sequence[Term]) -> Iterator[_Reading]:
+        """The ways to read a sum with ``term`` for the stream, the plainest first."""
+        others = [other for other in others if other.may_be_branch]
+        root = self._skip_root(term.value)
+        added, kept = self._mixed_with(term, others)
+        if kept is not None:  # the weights are the stream's as well: only what they weigh is the branch
+            for skip in (kept, self._skip_root(kept)):
+                yield _Reading(skip, added, term.plain and root is not term.value)
+            return
+        for skip in (term.value, root):
+            yield _Reading(skip, tuple(others), term.plain)
+        weighed = tuple(single for other in others for single in expanded(other))
+        node = root
+        while is_piece(node) or self._looks_through(node):
+            node = self._as_read(node, node.all_input_nodes[0]) if is_piece(node) else self._skip_root(node)
+            yield _Reading(node, weighed if weighed and mixed(node) else tuple(others), False)
+        for stream in mixed(node):
+            for single in weighed:
+                yield _Reading(self._skip_root(stream), (single,), False)
+
+    def _mixed_with(self, term: Term, others: Sequence[Term]) -> tuple[tuple[Term, ...], fx.Node | None]:
+        """The summands, those of a mix ``x * g + h * (1 - g)`` without their weight, and ``x`` if there is such a mix."""
+        added: list[Term] = []
+        stream: fx.Node | None = None
+        for other in others:
+            mix = gated_mix(term.value, other.value) if len(other.value.users) == 1 else None
+            if mix is not None and len(other.values) == 1:
+                stream = mix[0]
+                other = Term((mix[1],), other.value, plain=other.plain)
+            added.append(other)
+        return tuple(added), stream
+
+    def _is_an_error(self, candidate: Candidate, terms: Sequence[Term]) -> bool:
+        """Whether the sum is what a prediction misses its target by: a difference from data that only a loss is made of."""
+        forms = [form_of(term.consumer) for term in terms]
+        value = example_value(candidate.skip)
+        if not any(form is not None and form.difference for form in forms) or getattr(value, "requires_grad", True):
+            return False
+        after = list(self._members(self.descendants[self.position[candidate.addition]]))
+        returned = (node for node in after if any(user.op == "output" for user in node.users))
+        return not any(map(does_work, after)) and not any(
+            _have_one_shape(node, candidate.addition) for node in returned
+        )
+
+    def _beside(
+        self, taken: Sequence[Candidate], others: Sequence[Candidate], rejected: list[RejectedAdd]
+    ) -> list[Candidate]:
+        """Those of ``others`` that neither lie in branches that are ``taken`` nor go around them, innermost ones."""
+        left: list[Candidate] = []
+        for candidate in others:
+            if any(self._is_inside(other, candidate) for other in taken):
+                rejected.append(RejectedAdd(candidate.addition, "it goes around other residual adds"))
+            elif any(self._is_inside(candidate, other) for other in taken):
+                rejected.append(RejectedAdd(candidate.addition, "it lies inside a residual branch"))
+            elif self._is_a_step(candidate, others):
+                rejected.append(RejectedAdd(candidate.addition, "it is a step of a recurrence"))
+            else:
+                left.append(candidate)
+        return self._innermost_stream_adds(left, rejected)
+
+    def _is_a_step(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+        """Whether another candidate has the same weights and reads another piece of the same value: another time step."""
+        weights, wholes = self._read_from_outside(candidate)
+        for other in others:
+            if other is not candidate and wholes:
+                mine, pieces = self._read_from_outside(other)
+                common = [(wholes[whole], piece) for whole, piece in pieces.items() if whole in wholes]
+                if weights & mine and any(one.args[1:] != another.args[1:] for one, another in common):
+                    return True
+        return False
+
+    def _read_from_outside(self, candidate: Candidate) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+        """The graph inputs that a candidate's work reads, and for values of which it reads a piece that piece."""
+        weights: set[fx.Node] = set()
+        wholes: dict[fx.Node, fx.Node] = {}
+        skip = self.descendants[self.position[candidate.skip]]
+        for node in self._members(candidate.body):
+            for parent in node.all_input_nodes:
+                if parent.op in ("placeholder", "get_attr"):
+                    weights |= {parent} if does_work(node) else set()
+                elif not skip >> self.position[parent] & 1:
+                    while (is_view(parent) or does_work(parent)) and parent.all_input_nodes:
+                        parent = parent.all_input_nodes[0]
+                    if parent.target is operator.getitem or is_piece(parent):
+                        wholes[parent.all_input_nodes[0]] = parent
+        return weights, wholes
+
+    def _together(self, skip: fx.Node, terms: Sequence[Term]) -> list[list[Term]]:
         """Group terms that are one branch: they share work, or are linear functions of one value (LoRA's add)."""
         below = self.descendants[self.position[skip]]
-        groups: list[tuple[list[tuple[fx.Node, fx.Node]], set[fx.Node]]] = []
-        for output, consumer in terms:
-            body = below & self.ancestors[self.position[output]]
-            marks = {node for node in self._members(body) if does_work(node) and node is not skip}
-            marks |= {output, self._linear_root(output, below)}
+        groups: list[tuple[list[Term], set[fx.Node]]] = []
+        for term in terms:
+            marks: set[fx.Node] = set(term.values)
+            for value in term.values:
+                body = below & self.ancestors[self.position[value]]
+                marks |= {node for node in self._members(body) if does_work(node) and node is not skip}
+                marks.add(self._linear_root(value, below))
             joined = [group for group in groups if group[1] & marks]
             for group in joined:
                 groups.remove(group)
                 marks |= group[1]
-            groups.append(([*(term for group in joined for term in group[0]), (output, consumer)], marks))
+            groups.append(([*(other for group in joined for other in group[0]), term], marks))
         return [group for group, _ in groups]
 
     def _linear_root(self, node: fx.Node, below: int) -> fx.Node:
         """The value that ``node`` is a linear function of, following nodes computed from the skip."""
         while True:
             parents = [p for p in node.all_input_nodes if below >> self.position[p] & 1]
-            if len(parents) != 1 or not (_scales_only(node) or does_work(node)):
+            if len(parents) != 1 or not (scales_only(node) or does_work(node)):
                 return node
             (node,) = parents
 
     def _collapsed(
-        self, addition: fx.Node, group: Sequence[tuple[fx.Node, fx.Node]]
+        self, addition: fx.Node, terms: Sequence[Term], group: Sequence[Term], kept: Sequence[Term]
     ) -> tuple[tuple[fx.Node, fx.Node], ...]:
-        """The group as one inner sum where there is one: ``x + (a + b)`` hands on ``a + b``."""
-        edges = list(group)
+        """The group as one inner sum where there is one: ``x + (a + b)`` hands on ``a + b``, and so does ``x + (a + bias)``,
+        but not if one of the summands is the stream, a value of its shape, or of a branch of its own (``kept``).
+        """
+        edges = dict.fromkeys(edge for term in group for edge in term.edges)
+        biases = {
+            edge
+            for other in terms
+            if other not in kept and (not _have_one_shape(other.value, addition) or _is_constant_like(other.value))
+            for edge in other.edges
+        }
         while True:
             for _, consumer in edges:
-                inner = [edge for edge in edges if edge[1] is consumer]
-                if consumer is not addition and len(inner) == 2:
-                    (user,) = consumer.users
-                    edges = [edge for edge in edges if edge not in inner] + [(consumer, user)]
-                    break
+                inner = next(iter(consumer.users)) if consumer.target is torch.stack else consumer
+                form = form_of(inner)
+                if inner is addition or form is None:
+                    continue
+                summed = [edge for term in form.terms for edge in term.edges]
+                if any(edge not in edges and edge not in biases for edge in summed):
+                    continue
+                (user,) = inner.users
+                for edge in summed:
+                    edges.pop(edge, None)
+                edges[inner, user] = None
+                break
             else:
                 return tuple(sorted(edges, key=lambda edge: self.position[edge[0]]))
 
     def _skip_root(self, node: fx.Node) -> fx.Node:
-        """Look through what only scales or casts the skip: ``alpha * x``, ``x.to(float32)``, dropout, a view."""
-        while True:
-            parents = [p for p in node.all_input_nodes if _is_differentiable_value(p) and not _is_constant_like(p)]
-            if len(parents) != 1 or not _scales_only(node) or not self.parents[self.position[node]]:
-                return node
-            (node,) = parents
+        """Look through what only scales or casts the skip, or adds a bias: ``alpha * x``, dropout, a view, ``x + 1``."""
+        while self._looks_through(node):
+            node = self._as_read(node, self._activations_of(node)[0])
+        return node
+
+    def _as_read(self, reader: fx.Node, value: fx.Node) -> fx.Node:
+        """``value``, or what was last written into its memory before ``reader`` read it."""
+        memory = self.storage[self.position[value]]
+        for index in self.reads[self.position[reader]]:
+            written = (self.storage[self.position[target]] for target in mutated_by(self.nodes[index]))
+            if memory is not None and index > self.position[value] and memory in written:
+                return self.nodes[index]
+        return value
+
+    def _looks_through(self, node: fx.Node) -> bool:
+        if len(self._activations_of(node)) != 1 or not self.parents[self.position[node]]:
+            return False
+        form = form_of(node)
+        return scales_only(node) or (form is not None and form.opens and not form.fused)
+
+    def _activations_of(self, node: fx.Node) -> list[fx.Node]:
+        return [p for p in node.all_input_nodes if _is_differentiable_value(p) and not _is_constant_like(p)]
 
     def _innermost_stream_adds(self, candidates: Sequence[Candidate], rejected: list[RejectedAdd]) -> list[Candidate]:
         ordered = sorted(candidates, key=lambda c: c.body.bit_count())
-        streams = streams_of(self, ordered)
-
-        def is_inside(inner: Candidate, outer: Candidate) -> bool:
-            if not self._is_inside(inner, outer):
-                return False
-            return inner.addition is outer.addition or not run_side_by_side(self, inner, outer, streams)
-
-        inside = {id(outer): [c for c in ordered if is_inside(c, outer)] for outer in ordered}
+        inside = {id(outer): [c for c in ordered if self._is_inside(c, outer)] for outer in ordered}
         if any(inside.values()):  # only nested adds need telling apart
             carriers = {id(c) for c in ordered if self._carries_the_stream(c)}
             ordered.sort(key=lambda c: id(c) not in carriers)
@@ -539,7 +704,8 @@ class GraphSearch:
             return False
         if inner.addition is outer.addition:
             return inner.body != outer.body and inner.body & ~outer.body == 0
-        return bool(outer.body >> self.position[inner.addition] & 1)
+        between = bool(outer.body >> self.position[inner.addition] & 1)
+        return between and not run_side_by_side(self, inner, outer, self._streams)
 
     def _carries_the_stream(self, candidate: Candidate) -> bool:
         """Whether nothing computed from the skip past the add meets anything computed from the sum again."""
@@ -569,7 +735,8 @@ class GraphSearch:
             foreign = adds & ~(1 << self.position[candidate.addition])
             candidate.own = self._own(candidate, foreign)
             candidate.own |= self._private(candidate, foreign)
-            if any(does_work(node) for node in self._members(candidate.own)):
+            fused = (user for _, user in candidate.outputs if _is_fused(user))
+            if any(does_work(node) for node in (*self._members(candidate.own), *fused)):
                 kept.append(candidate)
             else:
                 rejected.append(RejectedAdd(candidate.addition, "all work before it is that of other branches"))
@@ -659,7 +826,7 @@ class GraphSearch:
         index = self.position[user]
         if any(self.storage[self.position[target]] in self.given for target in mutated_by(user)):
             return True
-        moves = _scales_only(user) or _moves_only(user)
+        moves = scales_only(user) or _moves_only(user)
         others = [p for p in self.reads[index] if self.differentiable[p] and p != self.position[node]]
         given = all(self.nodes[p].op in ("placeholder", "get_attr") or not self.parents[p] for p in others)
         return (
@@ -695,10 +862,13 @@ class GraphSearch:
     def is_shared_term(self, candidate: Candidate) -> bool:
         """Whether the skip is added to the result of some work in yet another sum."""
         for user in candidate.skip.users:
-            operands = _summands(user)
-            if user is candidate.addition or operands is None or not self._is_residual_shaped(user):
+            form = form_of(user)
+            if user is candidate.addition or form is None or not self._is_residual_shaped(user):
                 continue
-            for other in operands:
+            others = [value for term in form.terms for value in term.values]
+            if candidate.skip not in others:
+                continue
+            for other in others:
                 value = example_value(other)
                 made = self.ancestors[self.position[other]]
                 if other is not candidate.skip and value.requires_grad and any(map(does_work, self._members(made))):
@@ -713,35 +883,29 @@ class GraphSearch:
             bits ^= low
 
 
-def _summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The operands of a plain ``a + b`` of two nodes."""
-    is_addition = (node.op == "call_function" and node.target in _ADDITION_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _ADDITION_METHODS
-    )
-    if not is_addition:
-        return None
-    operands = [*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs)]
-    if len(operands) != 2 or node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("out") is not None:
-        return None
-    left, right = operands
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
-        return None
-    return left, right
+def _is_fused(node: fx.Node) -> bool:
+    form = form_of(node)
+    return form is not None and form.fused
 
 
-def _is_inplace_addition(node: fx.Node) -> bool:
-    if _summands(node) is None:
-        return False
-    return node.target in (_INPLACE_FUNCTIONS if node.op == "call_function" else _INPLACE_METHODS)
+def _is_activation(node: fx.Node, *, scalar: bool = False) -> bool:
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and (scalar or value.ndim >= 1)
+
+
+def _have_one_shape(left: fx.Node, right: fx.Node) -> bool:
+    return _is_activation(left) and _is_activation(right) and same_shape(example_value(left), example_value(right))
 
 
 def _promotes(addition: fx.Node) -> bool:
-    summands = _summands(addition)
-    assert summands is not None
-    left, right = (example_value(operand) for operand in summands)
-    if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or not same_shape(left, right):
-        return True  # a broadcast could change the shape: leave the add alone
-    return torch.promote_types(left.dtype, right.dtype) != left.dtype
+    """Whether out of place the sum's type could be another than that of its first operand, which it is written into."""
+    first, *others = (example_value(operand) for operand in addition.all_input_nodes)
+    if not isinstance(first, torch.Tensor):
+        return True
+    return any(
+        not isinstance(other, torch.Tensor) or torch.promote_types(first.dtype, other.dtype) != first.dtype
+        for other in others
+    )
 
 
 def _cuts_gradient(node: fx.Node) -> bool:
@@ -768,32 +932,15 @@ def _is_constant_like(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr") or (bool(sources) and all(map(_is_constant_like, sources)))
 
 
-_SCALING_FUNCTIONS = frozenset(
-    {operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, F.dropout, F.dropout1d, F.dropout2d}
-)
-_SCALING_METHODS = frozenset(
-    {
-        *("to", "float", "half", "bfloat16", "double", "type_as", "type", "mul", "mul_", "div", "contiguous", "clone"),
-        *("view", "reshape", "transpose", "permute", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    }
-)
-
-
 _MOVING_FUNCTIONS = frozenset({operator.getitem, torch.cat, torch.concat, torch.stack})
 _MOVING_METHODS = frozenset({"detach", "expand", "select", "narrow", "index_select", "chunk", "split", "movedim"})
 
 
 def _moves_only(node: fx.Node) -> bool:
-    """Whether a node joins its operands or takes a part of one; views are among what :func:`_scales_only` knows."""
+    """Whether a node joins its operands or takes a part of one; views are among what :func:`scales_only` knows."""
     if node.op == "call_function":
         return node.target in _MOVING_FUNCTIONS
     return node.op == "call_method" and node.target in _MOVING_METHODS
-
-
-def _scales_only(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in _SCALING_FUNCTIONS
-    return node.op == "call_method" and node.target in _SCALING_METHODS
 
 
 def storage_of(value: Any) -> int | None:

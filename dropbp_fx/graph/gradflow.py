@@ -21,14 +21,14 @@ from dropbp_fx.graph.hooks import is_hooked
 
 @dataclasses.dataclass(frozen=True)
 class _AutogradNode:
-    """One autograd node: the gate it is, the input it accumulates into, whether it hands its gradient on unchanged and
+    """One autograd node: the gate it is, the input it accumulates into, the nodes it hands its gradient on to unchanged, and
     whether a hook of the model's changes that gradient first.
     """
 
     next: tuple[int, ...]
     label: int | None
     leaf: int | None
-    plain_add: bool
+    unchanged: frozenset[int]
     hooked: bool
 
 
@@ -79,7 +79,7 @@ class GradientFlow:
             if node.leaf is not None:
                 return node.leaf if (output, node.leaf) in self._identity else None
             kept = [following for following in node.next if self._leaves_below(following, dropped)]
-            if node.hooked or not (node.plain_add or node.label is not None) or len(kept) != 1:
+            if node.hooked or len(kept) != 1 or not (node.label is not None or kept[0] in node.unchanged):
                 return None
             (current,) = kept
         return None
@@ -139,12 +139,12 @@ class GradientFlow:
                     next=tuple(number(following) for following, _ in grad_fn.next_functions if following is not None),
                     label=gate_label_of(grad_fn),
                     leaf=None if variable is None else leaves.get(id(variable)),
-                    plain_add=grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1,
+                    unchanged=frozenset(map(number, _handed_on_unchanged(grad_fn))),
                     hooked=is_hooked(grad_fn),
                 )
             )
         nodes.extend(
-            _AutogradNode(next=(), label=None, leaf=leaf, plain_add=False, hooked=False) for leaf in input_leaf
+            _AutogradNode(next=(), label=None, leaf=leaf, unchanged=frozenset(), hooked=False) for leaf in input_leaf
         )
         settled = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
         identity = frozenset(
@@ -158,6 +158,18 @@ class GradientFlow:
             and str(tuple(value.shape)) == str(tuple(source.shape))
         )
         return cls(nodes, settled, identity, frozenset(mutated))
+
+
+#: Sums that hand their gradient on to their first operand as it is, whatever scales the second.
+_SUMS = frozenset({"AddBackward0", "SubBackward0", "AddcmulBackward0", "IndexAddBackward0", "ScatterAddBackward0"})
+
+
+def _handed_on_unchanged(grad_fn: Any) -> list[Any]:
+    """The autograd nodes below a sum that get its gradient as it is; one that broadcasts is told by the values' shapes."""
+    if grad_fn.name() not in _SUMS:
+        return []
+    both = grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1
+    return [following for following, _ in grad_fn.next_functions[: 2 if both else 1] if following is not None]
 
 
 def _version(value: Any) -> int:

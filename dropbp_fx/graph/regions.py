@@ -154,7 +154,9 @@ def split_into_regions(
 
 def _gate_edge(node: fx.Node, user: fx.Node, label: int, writes: Sequence[fx.Node]) -> fx.Node:
     graph = node.graph
-    with graph.inserting_after(_last_written(node, user, writes)):
+    is_input = node.op in ("placeholder", "get_attr")  # other inputs follow it
+    written = _last_written(node, user, writes)
+    with graph.inserting_before(user) if is_input else graph.inserting_after(written):
         gated = graph.call_function(GATE, (node, label))
     gated.meta = dict(node.meta)
     user.replace_input_with(node, gated)
@@ -174,7 +176,7 @@ def _last_written(node: fx.Node, user: fx.Node, writes: Sequence[fx.Node]) -> fx
 def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
     """Gate the parameters that a branch reads, once each and before their first use in it."""
     gates: dict[fx.Node, fx.Node] = {}
-    for user in branch.body:
+    for user in branch.readers:
         for parent in user.all_input_nodes:
             if parent.op != "placeholder" or not _is_trainable_parameter(branch, parent):
                 continue
