@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropbp_fx import dropbp_backend
+from dropbp_fx import LessDroppedWarning, NoResidualBranchWarning, dropbp_backend
 from tests.oracle import Result, assert_equal
 
 D = 4
@@ -267,9 +267,18 @@ def gradients(program: Program, cut: Collection[int], x: Tensor) -> tuple[Tensor
 def check_program(seed: int) -> tuple[int, int]:
     """Compare a random program with its oracle: nothing dropped, each branch alone, some at random.
 
+    Warnings that some work of the program is in no branch are true and do not matter.
+
     Returns:
         How many patterns were compared, and how many were refused because the loss reads stored keys.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LessDroppedWarning)
+        warnings.simplefilter("ignore", NoResidualBranchWarning)
+        return _check_program(seed)
+
+
+def _check_program(seed: int) -> tuple[int, int]:
     torch._dynamo.reset()
     program = random_program(seed)
     generator = torch.Generator("cpu").manual_seed(seed)
