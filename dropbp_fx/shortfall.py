@@ -329,10 +329,17 @@ def _uncalled_text(rate: float) -> str:
 
 def _rate_text(schedule: Schedule, count: int, asked: float, attainable: float) -> str:
     trainable = sum(branch.trainable for branch in schedule.branches if branch.droppable)
+    models = len(schedule.branches.models)
+    apart = (
+        f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, call "
+        "backend.register(model) before its first forward."
+        if models > 1
+        else ""
+    )
     unit = "layers, each dropped as a whole" if schedule.granularity == "layer" else "branches"
     return (
         f"The rate asked for is {asked:.3g}, but in the long run the pattern drops {attainable:.3g} of the branches. "
-        f"{count} of them can be dropped, {trainable} have something to train ({unit}), and one that has is always kept. "
-        f"Set a rate of at most {attainable:.3g}, which is what is dropped; or let more be dropped: granularity='branch', "
-        "more trainable layers, or the whole model compiled with one backend."
+        f"{count} of them can be dropped, {trainable} have something to train ({unit}), and one that has is always kept."
+        f"{apart} Set a rate of at most {attainable:.3g}, which is what is dropped; or let more be dropped: "
+        "granularity='branch', more trainable layers, or the whole model compiled with one backend."
     )

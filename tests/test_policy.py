@@ -325,6 +325,7 @@ def test_forwards_advance_progress_where_their_number_is_given_and_a_resume_goes
     assert seen == pytest.approx([0.08 * i for i in range(11)] + [0.8] * 3)
 
 
+@pytest.mark.filterwarnings("ignore:The rate asked for is 0.76")
 def test_micro_batches_do_not_move_a_schedule_that_the_loop_advances() -> None:
     backend, run = compile_model(ResidualMLP(), schedule="ramp_up")
     for update in range(5):

@@ -104,7 +104,10 @@ class Network(nn.Module):
 def points_of(model: Network) -> list[Any]:
     """Where eager detaches each branch, in execution order."""
     calls = 1 + model.repeat
-    points: list[Any] = ["encoder_block"]
+    memory_is_read = model.outputs or any(
+        block.way == "cross" for block in model.blocks
+    )  # else nobody needs the branch
+    points: list[Any] = ["encoder_block"] if memory_is_read else []
     for call in range(calls):
         for index, block in enumerate(model.blocks):
             for number in range(len(block.branches)):  # type: ignore[arg-type]

@@ -576,5 +576,5 @@ def test_a_forward_that_is_refused_after_its_draw_does_not_count() -> None:
         raise RuntimeError("not these")
 
     with pytest.raises(RuntimeError, match="not these"):
-        schedule.draw(range(4), refuse)
+        schedule.draw(range(4), check=refuse)
     assert schedule.state_dict() == before

@@ -147,11 +147,15 @@ def test_two_models_resume_from_one_state() -> None:
     assert resumed.state_dict() == backend.state_dict()
 
 
+class Critic(Net):
+    """Another model that looks the same."""
+
+
 def test_registered_models_keep_their_order_and_are_told_apart_inside_of_another() -> None:
     class Gan(nn.Module):
         def __init__(self, backend: DropBPBackend) -> None:
             super().__init__()
-            self.generator, self.discriminator = Net(), Net()
+            self.generator, self.discriminator = Net(), Critic()
             for part in (self.generator, self.discriminator):
                 part.compile(backend=backend)
 
@@ -180,7 +184,7 @@ def test_namesakes_of_two_graphs_inside_of_one_module_are_reported() -> None:
     class Pair(nn.Module):
         def __init__(self, backend: DropBPBackend) -> None:
             super().__init__()
-            self.first, self.other = Net(depth=2), Net(depth=3)
+            self.first, self.other = Net(depth=2), Critic(depth=3)
             self.first.compile(backend=backend)
             self.other.compile(backend=backend)
 
@@ -189,7 +193,7 @@ def test_namesakes_of_two_graphs_inside_of_one_module_are_reported() -> None:
 
     pair = Pair(dropbp_backend(0.5, inner="aot_eager", seed=0))
     with pytest.warns(
-        UserWarning, match="class Net and Net have a branch named 'blocks.0.inner'.*count as the same ones"
+        UserWarning, match="class Net and Critic have a branch named 'blocks.0.inner'.*count as the same ones"
     ):
         loss(pair).backward()
 
