@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
-TEST_ARGS ?= -n 2
+TEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= run tiny --steps 5 --contestants torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 # Processes that build the documentation; the atlas traces a model for each family.
 DOCS_JOBS ?= 2
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format docs bench clean ci
+.PHONY: help install demo test test-all full-run lint types format docs bench clean ci
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -44,6 +44,10 @@ test: $(STAMP) ## run the tests of what the package does (flags: TEST_ARGS="-k p
 test-all: $(STAMP) ## run the tests with every model family, adapter, example and process group, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
 
+full-run: $(STAMP) ## run all tests and take note, so that CI need not run them until sources they depend on change
+	$(MAKE) test-all TEST_ARGS="-n 2 --dist worksteal"
+	$(BIN)/python .ci/full_run.py record
+
 lint: $(STAMP) ## check style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,7 +59,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_build/html
+docs: $(STAMP) ## build the documentation, warnings being errors, into docs/_build/html (DOCS_ATLAS=0: without the families)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m sphinx -W --keep-going -q -j $(DOCS_JOBS) -b html docs $(DOCS_OUT)
 	@echo "The documentation is in $(DOCS_OUT)/index.html."
 
