@@ -206,7 +206,9 @@ class Lowering:
         graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
         for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
-                schedule.weigh(graph.indices[branch], variant.saved_flops(label))
+                index = graph.indices[branch]
+                trainable = index in graph.met.presence.trainable
+                schedule.weigh(index, variant.saved_flops(label), trainable=trainable)
         schedule.assign()
         policies: Instances[Policy] = Instances(
             graph.met.anchors,

@@ -120,7 +120,8 @@ def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -
         full, layer = _in_table(name, prefix, model)
         trains, drops = branch.index in met.presence.trainable, branch.index in met.presence.droppable
         mine = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
-        state.schedule.weigh(mine.index, branch.backward_flops)
+        flops = state.schedule.flops_of(branch.index, trainable=trains)
+        state.schedule.weigh(mine.index, flops, trainable=trains)
         own.append(mine)
         log.info("residual branch %s in layer %s (code of %s)", full, layer, branch.name)
     state.schedule.assign()

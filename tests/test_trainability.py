@@ -333,3 +333,16 @@ def check_changes(rate: float, breaks: int | None, pattern: str, changes: list[s
             droppable = [branch.index for branch in backend.branches if branch.droppable]
             assert droppable == list(range(min(trained), 4))
             assert {branch.index for branch in backend.branches if branch.trainable} == trained
+
+
+def test_a_branch_is_weighed_as_what_it_is_now() -> None:
+    model, backend, run = make(0.5)
+    figures = []
+    for trained in ((0, 2, 3), (0, 1, 2, 3), (0, 2, 3)):  # gradients pass block 1 in any case
+        train_only(model, *trained)
+        step(model, backend, run)
+        figures.append([branch.backward_flops for branch in backend.branches])
+    assert figures[0][1] > 0
+    assert figures[1] == [figures[0][0], figures[0][1] * 2, *figures[0][2:]]
+    assert figures[1][1] == figures[1][2]
+    assert figures[2] == figures[0]

@@ -78,7 +78,7 @@ class Schedule:
         self._strict_state = True
         self._configuration = dict(configuration or {})
         self._agreed = False  # all ranks have agreed on the branches and on the state that was loaded last
-        self._weighed: set[int] = set()  # branches whose FLOPs are settled
+        self._flops: dict[tuple[int, bool], int] = {}  # by branch and whether it is trainable, once that is settled
         self._thread = PerThread()
         self.sensitivity: Sensitivity | None = None
         self._epoch = 0  # loading a state ends every thread's round
@@ -241,21 +241,30 @@ class Schedule:
     def _facts_changed(self) -> None:
         """Units, rates and scales are those of what can be dropped now, and ranks agree on it anew."""
         self._agreed = False
+        self._weigh_by_what_is_trained()
         branches = tuple(self.branches)
         known, self.sensitivity = _without_unreached(branches, self.rates.sensitivities, self.sensitivity)
         self._go_by(dataclasses.replace(self.rates, sensitivities=known))
 
-    def weigh(self, index: int, backward_flops: int) -> None:
-        """Take note of what dropping a branch saves, unless it is known.
+    def weigh(self, index: int, backward_flops: int, *, trainable: bool) -> None:
+        """Take note of what dropping a branch saves where it is trainable, or where it is not, unless that is known.
 
         The first graph's figure stays, and a loaded state's: another one for each sequence length would make draws
         depend on the order in which graphs were compiled, which a resumed run or another rank does not share.
         """
         with self._lock:
-            if index not in self._weighed:
-                self.branches[index].backward_flops = backward_flops
-                if backward_flops:
-                    self._weighed.add(index)
+            if backward_flops:
+                self._flops.setdefault((index, trainable), backward_flops)
+            self._weigh_by_what_is_trained()
+
+    def flops_of(self, index: int, *, trainable: bool) -> int:
+        """What dropping a branch saves where it is trainable, or where it is not; 0 if that is not known yet."""
+        return self._flops.get((index, trainable), 0)
+
+    def _weigh_by_what_is_trained(self) -> None:
+        """A branch's FLOPs are those of its being trained or not, as it is now; until those are known, what they were."""
+        for branch in self.branches:
+            branch.backward_flops = self._flops.get((branch.index, branch.trainable), branch.backward_flops)
 
     def draw(
         self,
@@ -446,7 +455,7 @@ class Schedule:
         self._seed = decided["seed"]
         for branch in mine:
             branch.backward_flops = decided["flops"][branch.name]
-            self._weighed.add(branch.index)
+            self._flops[branch.index, branch.trainable] = branch.backward_flops
         self.assign()
         self._agreed = True
 
@@ -639,8 +648,9 @@ class Schedule:
                 self._expected = (unmet & names) | added if saved.branches else None
             self._strict_state = strict
             self.branches.become(branches)
-            weighed = {branch.name: branch.backward_flops > 0 for branch in saved.branches}
-            self._weighed = {b.index for b in branches if weighed.get(b.name, b.index in self._weighed)}
+            for branch in branches:
+                if branch.backward_flops:
+                    self._flops[branch.index, branch.trainable] = branch.backward_flops
             self._present.version += 1
             self._set_rates(settled)
 
