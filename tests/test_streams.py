@@ -23,6 +23,10 @@ def test_programs_of_several_streams_agree_with_detach(seed: int) -> None:
     check_program(seed)
 
 
+def test_an_output_that_is_a_view_of_an_input_does_not_turn_missing_gradients_into_zeros() -> None:
+    check_program(11276)
+
+
 @pytest.mark.thorough
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(10**9, 2 * 10**9))
