@@ -135,7 +135,7 @@ def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) 
         return prefix, _model_of(state, [root])
     module = running_owner(parameters, met.anchors.names)
     if module is not None:
-        module = getattr(module, "_orig_mod", module)
+        module = _torch.original_module(module)
         model = _model_of(state, [module])
         if model != met.model:
             return state.modules.path_of(module), model

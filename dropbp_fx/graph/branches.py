@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dropbp_fx._torch import checkpoint_operator
+from dropbp_fx import _torch
 from dropbp_fx.graph.residual_forms import (
     OUT_OF_PLACE,
     Term,
@@ -66,7 +66,6 @@ _WORK_FUNCTIONS = frozenset(
     }
 )
 _WORK_METHODS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "addbmm"})
-_WORK_MODULES = ("torch.fft", "torch._C._fft")
 _CUTS_GRADIENT = frozenset(
     {
         *("detach", "detach_", "data", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
@@ -213,18 +212,18 @@ def does_work(node: fx.Node) -> bool:
     target: Any = node.target
     if target in _WORK_FUNCTIONS:
         return True
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if _torch.is_registered_operator(target):
         name = str(target)
         if not name.startswith(("aten.", "aten::", "prims.", "prim.", "dropbp_fx.")):
             return True
         return any(word in name for word in ("mm", "matmul", "linear", "conv", "einsum", "attention"))
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if _torch.is_higher_order_operator(target):
         forward = _autograd_function_body(node)
         if forward is not None:
             return any(does_work(inner) and (_is_known(inner) or _multiplies(node)) for inner in forward.nodes)
         return "autocast" not in target.name() and "grad_enabled" not in target.name()
     module = getattr(target, "__module__", None) or ""
-    if module.startswith(_WORK_MODULES):
+    if module.startswith(_torch.FOURIER_MODULES):
         return True
     name = getattr(target, "__name__", "")
     return any(word in name for word in ("grouped_mm", "scaled_mm", "_rnn", "lstm", "gru", "fft"))
@@ -233,11 +232,9 @@ def does_work(node: fx.Node) -> bool:
 def _is_known(node: fx.Node) -> bool:
     """Whether PyTorch tells what a node that does work computes, as it does not of a kernel of somebody else's."""
     target: Any = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if _torch.is_higher_order_operator(target):
         return not target.name().startswith("triton_kernel_wrapper")
-    return not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or str(target).startswith(
-        "aten"
-    )
+    return not _torch.is_registered_operator(target) or str(target).startswith("aten")
 
 
 def _multiplies(node: fx.Node) -> bool:
@@ -282,7 +279,7 @@ def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Graph]]:
 def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
     """The activation checkpoints of a graph: the call and the body it runs."""
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is checkpoint_operator():
+        if node.op == "call_function" and node.target is _torch.checkpoint_operator():
             body = node.args[0]
             if isinstance(body, fx.Node) and body.op == "get_attr":
                 yield node, getattr(gm, str(body.target))
@@ -366,7 +363,7 @@ class GraphSearch:
         self.parents: list[list[int]] = []  # those of its reads that a node's gradient goes to
         enabled = True
         for index, node in enumerate(self.nodes):
-            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            if node.op == "call_function" and node.target is _torch.SET_GRAD_ENABLED:
                 enabled = bool(node.args[0])
             written = mutated_by(node)
             self.differentiable.append(_is_differentiable_value(node) or any(map(_is_differentiable_value, written)))
@@ -948,7 +945,7 @@ def storage_of(value: Any) -> int | None:
     if not isinstance(value, torch.Tensor):
         return None
     try:
-        return int(value.untyped_storage()._cdata)
+        return _torch.storage_identity(value)
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have no storage of their own
         return None
 
@@ -968,7 +965,7 @@ def mutated_by(node: fx.Node) -> list[fx.Node]:
         inplace |= at is not None and (node.args[at] if at < len(node.args) else node.kwargs.get("inplace")) is True
         written += [
             node.args[at] if at < len(node.args) else node.kwargs.get(name)
-            for at, name in _written_by_schema(node.target)
+            for at, name in _torch.written_arguments(node.target)
         ]
     if inplace and node.args:
         written.append(node.args[0])
@@ -984,19 +981,6 @@ def _position_of_inplace(function: Callable[..., Any]) -> int | None:
     except (TypeError, ValueError):  # builtins have no signature
         return None
     return names.index("inplace") if "inplace" in names else None
-
-
-@functools.cache
-def _written_by_schema(operator: Any) -> tuple[tuple[int, str], ...]:
-    """Positions and names of the arguments that a registered operator declares to write into."""
-    if isinstance(operator, torch._ops.OpOverloadPacket):
-        operator = getattr(operator, operator.overloads()[0])
-    if not isinstance(operator, torch._ops.OpOverload):
-        return ()
-    arguments = enumerate(operator._schema.arguments)
-    return tuple(
-        (at, argument.name) for at, argument in arguments if argument.alias_info and argument.alias_info.is_write
-    )
 
 
 def _nodes_by_storage(graph: fx.Graph) -> dict[int, list[fx.Node]]:

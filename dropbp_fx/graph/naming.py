@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.branches import ResidualBranch
 
 _ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
@@ -182,7 +183,7 @@ def _clean(path: str) -> str:
 
 def _without_wrappers(path: str) -> str:
     """A path without what wrappers around modules (of torch.compile, FSDP, checkpoints) put into it."""
-    for internal in ("._modules", ".__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+    for internal in ("._modules", ".__dict__", *_torch.WRAPPED_MODULES):
         path = path.replace(internal, "")
     return re.sub(r"\.{2,}", ".", path).strip(".")
 

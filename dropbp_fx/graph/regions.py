@@ -30,7 +30,7 @@ from dropbp_fx.graph.writes import COPY, InputWrites
 Drop = Literal["branch", "weights", "below"]
 #: Key in a placeholder's ``meta``: the number of the branch whose gradients this graph input scales.
 SCALE_OF = "dropbp_scale_of"
-_MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
+_MODE_CHANGES = frozenset({_torch.ENTER_AUTOCAST, _torch.EXIT_AUTOCAST, _torch.SET_GRAD_ENABLED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,11 +428,11 @@ def _settle_grad_mode(graph: fx.Graph) -> None:
     """Start and end a region with gradients enabled, and drop switches that change nothing: equal layers stay equal."""
     enabled = True
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+        if node.op == "call_function" and node.target is _torch.SET_GRAD_ENABLED:
             wanted = bool(node.args[0])
             if wanted is enabled:
                 graph.erase_node(node)
             enabled = wanted
         elif node.op == "output" and not enabled:
             with graph.inserting_before(node):
-                graph.call_function(torch._C._set_grad_enabled, (True,))
+                graph.call_function(_torch.SET_GRAD_ENABLED, (True,))

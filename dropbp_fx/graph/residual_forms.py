@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dropbp_fx import _torch
+
 _ADDITIONS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 _ADDITIONS |= {"__add__", "__radd__", "__iadd__"}
 _SUBTRACTIONS: frozenset[Any] = frozenset({operator.sub, operator.isub, torch.sub, torch.subtract, torch.rsub})
@@ -152,8 +154,8 @@ def split_list_adds(graph: fx.Graph) -> bool:
     """
     changed = False
     for node in list(graph.nodes):
-        inplace = node.target is torch._foreach_add_
-        if node.op != "call_function" or not (inplace or node.target is torch._foreach_add) or len(node.args) != 2:
+        inplace = node.target is _torch.FOREACH_ADD_
+        if node.op != "call_function" or not (inplace or node.target is _torch.FOREACH_ADD) or len(node.args) != 2:
             continue
         lefts, rights = node.args
         if not isinstance(lefts, (list, tuple)) or not isinstance(rights, (list, tuple)):

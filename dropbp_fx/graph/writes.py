@@ -195,7 +195,7 @@ def _before_switch(node: fx.Node) -> fx.Node:
     for earlier in node.graph.nodes:
         if earlier is node:
             break
-        if earlier.op == "call_function" and earlier.target is torch._C._set_grad_enabled:
+        if earlier.op == "call_function" and earlier.target is _torch.SET_GRAD_ENABLED:
             switch = None if earlier.args[0] else switch or earlier
     return switch or node
 
