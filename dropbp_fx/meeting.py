@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch, example_value
+from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
 from dropbp_fx.graph.owners import running_owner
+from dropbp_fx.graph.values import example_value
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.captured import MetBranches

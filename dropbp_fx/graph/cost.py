@@ -16,9 +16,9 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import storage_of
 from dropbp_fx.graph.gate import GATE, drops
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
+from dropbp_fx.graph.values import storage_of
 
 #: Operators whose formula a release may lack, and one of the same leading arguments and cost.
 _SAME_FORMULA = {

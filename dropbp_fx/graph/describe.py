@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value
+from dropbp_fx.graph.branch import ResidualBranch
+from dropbp_fx.graph.values import example_value
+from dropbp_fx.graph.work import does_work
 
 _ATTENTION = ("attention", "flex_attention", "sdpa")
 _CONVOLUTION = ("conv",)

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import example_value
+from dropbp_fx.graph.values import example_value
 
 
 def switches_gradients_on(gm: fx.GraphModule) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch
+from dropbp_fx.graph.branch import ResidualBranch
 
 _ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
 #: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's.

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import storage_of
+from dropbp_fx.graph.values import storage_of
 
 
 def structural_key(gm: fx.GraphModule, examples: Sequence[Any], streams: frozenset[int]) -> Hashable:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import IDENTITIES
