@@ -18,7 +18,6 @@ from dropbp_fx._torch.autograd import (
     version_of,
     without_autocast,
 )
-from dropbp_fx._torch.captured import BoxedCode, Compiled, FlatCode, TangentLike
 from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
     Compiler,
@@ -46,6 +45,7 @@ from dropbp_fx._torch.dynamo import (
     unseen_by_ddp_optimizer,
     unsupported_code,
 )
+from dropbp_fx._torch.flat_code import BoxedCode, Compiled, FlatCode, TangentLike
 from dropbp_fx._torch.graphs import (
     TracedGraphs,
     inductor_decompositions,

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from dropbp_fx._torch.captured import Capture, Compiled
+from dropbp_fx._torch.flat_code import Capture, Compiled
 
 #: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
