@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.regions import Drop
+from dropbp_fx.graph.gating import Drop
 from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
 from dropbp_fx.policy.ramps import RateSchedule, checked_schedule
 from dropbp_fx.policy.ranks import in_words

@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import BranchSearch, does_work, example_value
+from dropbp_fx.graph.branch import BranchSearch
 from dropbp_fx.graph.coverage import UnevenLayers, cut_adds, keeps_shape, uneven_layers
 from dropbp_fx.graph.homes import home_of, is_one_of_several, unwrapped
 from dropbp_fx.graph.naming import module_path
+from dropbp_fx.graph.values import example_value
+from dropbp_fx.graph.work import does_work
 from dropbp_fx.shortfall import NoResidualBranchWarning, absence_text, cut_text, uneven_text
 from dropbp_fx.state import BackendState
 

@@ -14,14 +14,13 @@ from torch import Tensor, fx
 from dropbp_fx import _torch
 from dropbp_fx.config import BackendConfig
 from dropbp_fx.gaps import report_gaps
-from dropbp_fx.graph.branches import (
-    find_branches,
-    normalise_inplace_adds,
-)
+from dropbp_fx.graph.branches import find_branches
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
+from dropbp_fx.graph.gating import insert_gates
 from dropbp_fx.graph.hooks import settle_hooks
-from dropbp_fx.graph.regions import RegionProgram, insert_gates, split_into_regions
+from dropbp_fx.graph.normalise import normalise_inplace_adds
+from dropbp_fx.graph.regions import RegionProgram, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.meeting import enter, meet, parameters_of

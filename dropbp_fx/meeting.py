@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch, example_value
+from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
 from dropbp_fx.graph.owners import running_owner
+from dropbp_fx.graph.values import example_value
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.captured import MetBranches
@@ -136,7 +137,7 @@ def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) 
         return prefix, _model_of(state, [root])
     module = running_owner(parameters, met.anchors.names)
     if module is not None:
-        module = getattr(module, "_orig_mod", module)
+        module = _torch.original_module(module)
         model = _model_of(state, [module])
         if model != met.model:
             return state.modules.path_of(module), model

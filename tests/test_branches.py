@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dropbp_fx import dropbp_backend
-from dropbp_fx.graph.branches import BranchSearch, find_branches, mutated_by, normalise_inplace_adds
+from dropbp_fx.graph.branch import BranchSearch
+from dropbp_fx.graph.branches import find_branches
 from dropbp_fx.graph.naming import name_branches
+from dropbp_fx.graph.normalise import normalise_inplace_adds
+from dropbp_fx.graph.values import mutated_by
 from tests.helpers import scale
 from tests.oracle import assert_exact
 

@@ -20,7 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RELEASES = ("2.11", "2.13", "2.15")
 #: What leans on private parts of PyTorch.
-CORE = ("prune", "compiling", "training", "checkpointing", "per_layer", "neighbours", "calibration", "policy")
+CORE = (
+    *("prune", "compiling", "training", "checkpointing", "per_layer", "neighbours", "calibration", "policy"),
+    "private_hooks",
+)
 
 
 def make_interpreter(release: str, folder: Path) -> Path:

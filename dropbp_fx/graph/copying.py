@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

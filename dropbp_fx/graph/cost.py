@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from dropbp_fx.graph.branches import storage_of
+from dropbp_fx import _torch
 from dropbp_fx.graph.gate import GATE, drops
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
+from dropbp_fx.graph.values import storage_of
 
 #: Operators whose formula a release may lack, and one of the same leading arguments and cost.
 _SAME_FORMULA = {
@@ -61,7 +61,7 @@ def node_flops(node: fx.Node) -> int:
     """Operations of one node of an ATen graph, 0 for what has no formula. Symbolic sizes count as the traced example's."""
     if node.op != "call_function":
         return 0
-    arguments, keywords = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    arguments, keywords = _torch.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
     return operator_flops(node.target, arguments, keywords, node.meta.get("val"))
 
 

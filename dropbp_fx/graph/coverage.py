@@ -9,8 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dropbp_fx.graph.branches import ResidualBranch, checkpoint_bodies, does_work, example_value, same_shape
+from dropbp_fx.graph.branch import ResidualBranch
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 from dropbp_fx.graph.naming import module_stack
+from dropbp_fx.graph.values import example_value, same_shape
+from dropbp_fx.graph.work import does_work
 
 #: Nodes of the autograd graph to look at for one add; what a break cut apart is only a few apart.
 _FAR = 20_000

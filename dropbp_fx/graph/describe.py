@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value
+from dropbp_fx import _torch
+from dropbp_fx.graph.branch import ResidualBranch
+from dropbp_fx.graph.values import example_value
+from dropbp_fx.graph.work import does_work
 
 _ATTENTION = ("attention", "flex_attention", "sdpa")
 _CONVOLUTION = ("conv",)
@@ -111,7 +114,7 @@ def _is_matrix_product(node: fx.Node) -> bool:
 
 def _operator_name(node: fx.Node) -> str:
     if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):
+        if _torch.is_operator_overload(node.target):
             return str(node.target)
         return str(getattr(node.target, "__name__", node.target))
     return str(node.target) if node.op == "call_method" else ""

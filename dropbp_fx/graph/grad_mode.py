@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dropbp_fx.graph.branches import example_value
+from dropbp_fx import _torch
+from dropbp_fx.graph.values import example_value
 
 
 def switches_gradients_on(gm: fx.GraphModule) -> bool:
@@ -27,6 +28,6 @@ def start_without_gradients(gm: fx.GraphModule) -> None:
     """
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     with gm.graph.inserting_before(first):
-        gm.graph.call_function(torch._C._set_grad_enabled, (False,))
+        gm.graph.call_function(_torch.SET_GRAD_ENABLED, (False,))
     gm.graph.lint()
     gm.recompile()

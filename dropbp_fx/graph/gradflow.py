@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.gate import drops, gate_label_of
 from dropbp_fx.graph.hooks import is_hooked
 
@@ -168,12 +169,12 @@ def _handed_on_unchanged(grad_fn: Any) -> list[Any]:
     """The autograd nodes below a sum that get its gradient as it is; one that broadcasts is told by the values' shapes."""
     if grad_fn.name() not in _SUMS:
         return []
-    both = grad_fn.name() == "AddBackward0" and getattr(grad_fn, "_saved_alpha", None) == 1
+    both = grad_fn.name() == "AddBackward0" and _torch.saved_alpha(grad_fn) == 1
     return [following for following, _ in grad_fn.next_functions[: 2 if both else 1] if following is not None]
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+    return _torch.version_of(value) if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _running_statistics(gm: fx.GraphModule) -> set[int]:

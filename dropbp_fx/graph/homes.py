@@ -44,10 +44,10 @@ def home_of(layer: nn.Module, callers: Sequence[nn.Module]) -> nn.Module | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
-        inner = getattr(module, "_orig_mod", None) if _torch.is_compiled(module) else None
-        if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = _torch.original_module(module) if _torch.is_compiled(module) else module
+        if inner is module and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = module.module
-        if not isinstance(inner, nn.Module):
+        if inner is module or not isinstance(inner, nn.Module):
             return module
         module = inner
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.gate import HOOKED
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
-from dropbp_fx.graph.branches import ResidualBranch
+from dropbp_fx import _torch
+from dropbp_fx.graph.branch import ResidualBranch
 
 _ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
 #: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's.
@@ -182,7 +183,7 @@ def _clean(path: str) -> str:
 
 def _without_wrappers(path: str) -> str:
     """A path without what wrappers around modules (of torch.compile, FSDP, checkpoints) put into it."""
-    for internal in ("._modules", ".__dict__", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+    for internal in ("._modules", ".__dict__", *_torch.WRAPPED_MODULES):
         path = path.replace(internal, "")
     return re.sub(r"\.{2,}", ".", path).strip(".")
 

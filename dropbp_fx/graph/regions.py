@@ -1,4 +1,4 @@
-"""Put gates on the residual branches of a Dynamo graph and split it into regions.
+"""Split a Dynamo graph with gates on its residual branches into regions.
 
 A region is a stretch of the graph that holds one residual branch (several, where branches overlap or sit in one
 activation checkpoint), from its first node to its add; what stands between two branches without doing work (a
@@ -13,24 +13,22 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import ResidualBranch, does_work, example_value, mutated_by, storage_of
-from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
+from dropbp_fx.graph.branch import ResidualBranch
+from dropbp_fx.graph.gate import GATE
+from dropbp_fx.graph.gating import SCALE_OF
 from dropbp_fx.graph.hooks import hook_gradient
+from dropbp_fx.graph.values import example_value, mutated_by, storage_of
+from dropbp_fx.graph.work import does_work
 from dropbp_fx.graph.writes import COPY, InputWrites
 
-#: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
-#: branch that is kept, those of the residual stream as well.
-Drop = Literal["branch", "weights", "below"]
-#: Key in a placeholder's ``meta``: the number of the branch whose gradients this graph input scales.
-SCALE_OF = "dropbp_scale_of"
-_MODE_CHANGES = frozenset({torch.amp._enter_autocast, torch.amp._exit_autocast, torch._C._set_grad_enabled})
+_MODE_CHANGES = frozenset({_torch.ENTER_AUTOCAST, _torch.EXIT_AUTOCAST, _torch.SET_GRAD_ENABLED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,44 +92,6 @@ class RegionProgram:
         )
 
 
-def insert_gates(
-    gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, drop: Drop = "branch", rescale: bool = False
-) -> tuple[frozenset[fx.Node], ...]:
-    """Put gates where dropping a branch cuts the gradient.
-
-    Args:
-        gm: the graph that holds the branches; gets one more placeholder a branch for ``rescale``.
-        branches: what :func:`~dropbp_fx.graph.branches.find_branches` found.
-        drop: "branch" and "below" gate every branch's output and every value that leaves a branch for the graph's outputs
-            alone;
-            "weights" gates the parameters that a branch reads, and leaves the gradients of its activations alone.
-        rescale: let an input of the graph scale the gradients that pass a branch's gates.
-
-    Returns:
-        For each branch its gate nodes; their labels are set by :func:`split_into_regions`.
-
-    Raises:
-        NotImplementedError: ``rescale`` for a branch inside nested activation checkpoints.
-    """
-    gates: list[frozenset[fx.Node]] = []
-    writes: dict[fx.Graph, list[fx.Node]] = {}
-    for index, branch in enumerate(branches):
-        if drop != "weights":
-            if branch.graph not in writes:
-                writes[branch.graph] = [node for node in branch.graph.nodes if mutated_by(node)]
-            written = writes[branch.graph]
-            mine = {_gate_edge(output, user, index, written): None for output, user in branch.outputs}
-        else:
-            mine = dict.fromkeys(_gate_weights(branch, index))
-        if rescale:
-            scale = _scale_input(gm, branch, index)
-            mine.update(dict.fromkeys([_scale_gate(gate, scale) for gate in mine]))
-        if drop != "weights":
-            mine.update({_gate_edge(value, user, ~index, writes[branch.graph]): None for value, user in branch.escapes})
-        gates.append(frozenset(mine))
-    return tuple(gates)
-
-
 def split_into_regions(
     gm: fx.GraphModule, branches: Sequence[ResidualBranch], gates: Sequence[frozenset[fx.Node]]
 ) -> RegionProgram:
@@ -150,86 +110,6 @@ def split_into_regions(
     streams = [{branches[index].in_top_graph(branches[index].skip) for index in group} for group in members]
     stream_names = [{names[node] for node in nodes if node is not None} for nodes in streams]
     return _read_program(split, members, stream_names)
-
-
-def _gate_edge(node: fx.Node, user: fx.Node, label: int, writes: Sequence[fx.Node]) -> fx.Node:
-    graph = node.graph
-    is_input = node.op in ("placeholder", "get_attr")  # other inputs follow it
-    written = _last_written(node, user, writes)
-    with graph.inserting_before(user) if is_input else graph.inserting_after(written):
-        gated = graph.call_function(GATE, (node, label))
-    gated.meta = dict(node.meta)
-    user.replace_input_with(node, gated)
-    return gated
-
-
-def _last_written(node: fx.Node, user: fx.Node, writes: Sequence[fx.Node]) -> fx.Node:
-    """What last wrote to the memory of ``node`` before ``user`` reads it: a gate copies what it finds there."""
-    storage, last = storage_of(example_value(node)), node
-    for write in writes:  # in execution order
-        targets = (storage_of(example_value(target)) for target in mutated_by(write))
-        if storage is not None and node < write < user and storage in targets:
-            last = write
-    return last
-
-
-def _gate_weights(branch: ResidualBranch, label: int) -> list[fx.Node]:
-    """Gate the parameters that a branch reads, once each and before their first use in it."""
-    gates: dict[fx.Node, fx.Node] = {}
-    for user in branch.readers:
-        for parent in user.all_input_nodes:
-            if parent.op != "placeholder" or not _is_trainable_parameter(branch, parent):
-                continue
-            if parent not in gates:
-                with branch.graph.inserting_before(user):
-                    gates[parent] = branch.graph.call_function(GATE, (parent, label))
-                gates[parent].meta["example_value"] = example_value(parent)
-            user.replace_input_with(parent, gates[parent])
-    return list(gates.values())
-
-
-def _is_trainable_parameter(branch: ResidualBranch, node: fx.Node) -> bool:
-    outer = branch.in_top_graph(node)
-    value = None if outer is None else example_value(outer)
-    return isinstance(value, torch.nn.Parameter) and value.requires_grad
-
-
-def _scale_input(gm: fx.GraphModule, branch: ResidualBranch, index: int) -> fx.Node:
-    """A new graph input that scales the gradients of a branch, as the branch's own graph sees it."""
-    example = example_value(branch.addition)
-    with _torch.fake_mode_of([example]):
-        value = torch.ones((), dtype=torch.float32, device=example.device)
-    outer = _append_placeholder(gm.graph, f"dropbp_scale_{index}", value)
-    outer.meta[SCALE_OF] = index
-    if branch.graph is gm.graph:
-        return outer
-    inputs = [node for node in branch.graph.nodes if node.op == "placeholder"]
-    if branch.anchor.graph is not gm.graph or len(inputs) != len(branch.anchor.args) - 1:
-        raise NotImplementedError(
-            "rescale=True is not supported for a residual branch inside nested activation checkpoints. Use one level of "
-            "checkpoints, or rescale=False."
-        )
-    branch.anchor.args = (*branch.anchor.args, outer)
-    inner = _append_placeholder(branch.graph, f"dropbp_scale_{index}", value)
-    if branch.graph.owning_module is not None:
-        branch.graph.owning_module.recompile()
-    return inner
-
-
-def _append_placeholder(graph: fx.Graph, name: str, value: Any) -> fx.Node:
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        node = graph.placeholder(name)
-    node.meta["example_value"] = value
-    return node
-
-
-def _scale_gate(gate: fx.Node, scale: fx.Node) -> fx.Node:
-    with gate.graph.inserting_before(gate):
-        scaled = gate.graph.call_function(SCALE_GRADIENT, (gate.args[0], scale))
-    scaled.meta = dict(gate.meta)
-    gate.args = (scaled, *gate.args[1:])
-    return scaled
 
 
 def _hoist_getitems(graph: fx.Graph) -> None:
@@ -428,11 +308,11 @@ def _settle_grad_mode(graph: fx.Graph) -> None:
     """Start and end a region with gradients enabled, and drop switches that change nothing: equal layers stay equal."""
     enabled = True
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+        if node.op == "call_function" and node.target is _torch.SET_GRAD_ENABLED:
             wanted = bool(node.args[0])
             if wanted is enabled:
                 graph.erase_node(node)
             enabled = wanted
         elif node.op == "output" and not enabled:
             with graph.inserting_before(node):
-                graph.call_function(torch._C._set_grad_enabled, (True,))
+                graph.call_function(_torch.SET_GRAD_ENABLED, (True,))

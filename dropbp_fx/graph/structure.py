@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropbp_fx.graph.branches import storage_of
+from dropbp_fx import _torch
+from dropbp_fx.graph.values import storage_of
 
 
 def structural_key(gm: fx.GraphModule, examples: Sequence[Any], streams: frozenset[int]) -> Hashable:
@@ -39,7 +40,7 @@ def _graph_key(gm: fx.GraphModule) -> Hashable:
         else:
             arguments = _constant_key((node.args, node.kwargs), number)
             entries.append((node.op, node.target if node.op != "output" else "", arguments))
-    return tuple(entries), _function_key(gm.meta.get("_checkpoint_context_fn"))
+    return tuple(entries), _function_key(_torch.checkpoint_context(gm))
 
 
 def _function_key(function: Any) -> Hashable:

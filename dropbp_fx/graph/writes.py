@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import checkpoint_bodies, example_value, mutated_by, storage_of
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 from dropbp_fx.graph.copying import copy_graph_module
+from dropbp_fx.graph.values import example_value, mutated_by, storage_of
 
 #: Marks a copy in a node's ``meta``: what shares memory with older copies is not used after it.
 COPY = "dropbp_copy"
@@ -195,7 +196,7 @@ def _before_switch(node: fx.Node) -> fx.Node:
     for earlier in node.graph.nodes:
         if earlier is node:
             break
-        if earlier.op == "call_function" and earlier.target is torch._C._set_grad_enabled:
+        if earlier.op == "call_function" and earlier.target is _torch.SET_GRAD_ENABLED:
             switch = None if earlier.args[0] else switch or earlier
     return switch or node
 

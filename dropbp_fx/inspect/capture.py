@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from dropbp_fx import _torch
 from dropbp_fx.backend import DropBPBackend
@@ -38,13 +37,13 @@ def capture(
             f"explain() takes a torch.nn.Module, or a backend that has met its model, not {type(model).__name__}. Pass "
             "the module itself and the arguments of its forward."
         )
-    model = getattr(model, "_orig_mod", model)
+    model = _torch.original_module(model)
     mode = _torch.fake_mode_of(model.parameters()) or _torch.new_fake_mode()
-    arguments = pytree.tree_map_only(torch.Tensor, lambda t: _torch.fake_twin(t, mode), (tuple(args), dict(kwargs)))
+    arguments = _torch.tree_map_only(torch.Tensor, lambda t: _torch.fake_twin(t, mode), (tuple(args), dict(kwargs)))
     backend = make_backend()
     try:
         return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=True)
-    except torch._dynamo.exc.Unsupported:
+    except _torch.unsupported_code():
         backend = make_backend()  # a graph break: what the first one has met is a part of the model
         return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=False)
 
@@ -71,7 +70,7 @@ def _graphs(
             torch.compile(call, backend=keep, dynamic=False, fullgraph=whole)(fake, *arguments)
         except _Captured:
             pass
-        except torch._dynamo.exc.Unsupported:
+        except _torch.unsupported_code():
             raise
         except Exception as error:
             raise RuntimeError(
@@ -103,8 +102,8 @@ def fake_copy(model: nn.Module, mode: Any) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in memo:
                 memo[id(tensor)] = _torch.fake_twin(tensor, mode)
     try:
         with _torch.fake_copying(mode):

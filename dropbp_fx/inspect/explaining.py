@@ -59,7 +59,7 @@ def explain(
     met, graphs = capture(model, args, kwargs, lambda: DropBPBackend(config))
     parameters = list(model.parameters())
     return _explained(
-        type(getattr(model, "_orig_mod", model)).__name__,
+        type(_torch.original_module(model)).__name__,
         met,
         graphs,
         rate=config.rate if backend is None else backend.rate,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dropbp_fx import _torch
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.graph.gate import GATE, GATE_BACKWARD
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
@@ -306,7 +307,7 @@ def _ancestors(gates: Sequence[fx.Node], label: int) -> set[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if _torch.is_operator_overload(node.target):
         return str(node.target.overloadpacket).rpartition(".")[2]
     return str(getattr(node.target, "__name__", node.target))
 

@@ -111,7 +111,7 @@ class Chain:
                     values[slot] = value
                 for position in link.unsafe_views:
                     slot = link.outputs[position]
-                    values[slot] = torch.ops.aten._unsafe_view(values[slot], values[slot].shape)
+                    values[slot] = _torch.unsafe_view(values[slot])
                 for slot in link.dead:
                     if slot in link.outputs:
                         values[slot] = None
@@ -251,7 +251,7 @@ class _ChainFunction(torch.autograd.Function):
         ctx.chain, ctx.way = chain, way[0]
         ctx.counts = [len(mine) for mine in saved]
         # a view would keep its base, and its base's version, alive in autograd's eyes
-        ctx.save_for_backward(*[value.detach() if value._is_view() else value for mine in saved for value in mine])
+        ctx.save_for_backward(*[value.detach() if _torch.is_view(value) else value for mine in saved for value in mine])
         ctx.set_materialize_grads(False)
         return tuple([values[slot] for slot in chain.carrying])
 

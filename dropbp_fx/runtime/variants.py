@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.branches import checkpoint_bodies
+from dropbp_fx.graph.checkpoints import checkpoint_bodies
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.cost import joint_cost
 from dropbp_fx.graph.gate import IDENTITIES
@@ -198,7 +198,7 @@ def _remove_gates(gm: fx.GraphModule) -> None:
         if node.target in IDENTITIES or node.target is hook_gradient:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-        elif node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+        elif node.op == "call_function" and node.target is _torch.SET_GRAD_ENABLED:
             gm.graph.erase_node(node)
     gm.recompile()
 
