@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp_fx import (
+    DropPolicy,
     LateRamp,
     LowestPattern,
     Ramp,
@@ -28,12 +31,15 @@ from dropbp_fx import (
     dropbp_backend,
     explain,
 )
+from dropbp_fx.graph import regions
 from dropbp_fx.graph.cost import node_flops
+from dropbp_fx.policy import drop_policy
 from dropbp_fx.policy.allocation import objective
-from dropbp_fx.policy.presets import presets
+from dropbp_fx.policy.drop_policy import PolicyName
+from dropbp_fx.policy.patterns import PatternName, known_name, resolve_pattern
 from dropbp_fx.policy.ramps import rate_schedule
 from tests.flops import FlopCounter
-from tests.helpers import compile_model, dropped_in
+from tests.helpers import compile_model, dropped_in, make_backend
 from tests.oracle import Result, assert_equal, assert_exact, compiled, detached, eager, some_patterns
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
@@ -309,17 +315,20 @@ def test_a_rate_above_the_highest_ends_a_late_ramp_there() -> None:
     assert [schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.95] * 3
 
 
-def test_forwards_advance_progress_where_their_number_is_given_and_a_resume_goes_on() -> None:
+def test_progress_moves_a_schedule_and_a_resume_goes_on() -> None:
     model = ResidualMLP()
-    options = {"schedule": Ramp(0.0, 0.8), "total_forwards": 11}
+    options = {"schedule": Ramp(0.0, 0.8)}
     backend, run = compile_model(model, 0.4, **options)
     seen = []
-    for _ in range(6):
+    for step in range(6):
+        backend.progress = step / 10
         dropped_in(backend, run)
         seen.append(backend.rates["blocks.0"])
     resumed, run_resumed = compile_model(model, 0.4, **options)
     resumed.load_state_dict(backend.state_dict())
-    for _ in range(8):
+    assert resumed.progress == backend.progress
+    for step in range(6, 14):
+        resumed.progress = min(step / 10, 1.0)
         dropped_in(resumed, run_resumed)
         seen.append(resumed.rates["blocks.0"])
     assert seen == pytest.approx([0.08 * i for i in range(11)] + [0.8] * 3)
@@ -370,8 +379,9 @@ def test_a_schedule_that_nobody_advances_warns() -> None:
 
 def test_the_default_policy_is_the_papers() -> None:
     assert dropbp_backend()._config == dropbp_backend(policy="dropbp")._config
-    config = dropbp_backend()._config
-    assert (config.rate, config.pattern, config.schedule, config.allocation) == (
+    policy = dropbp_backend().policy
+    assert policy == DropPolicy() == DropPolicy.named("dropbp")
+    assert (policy.rate, policy.draws, policy.schedule, policy.allocation) == (
         0.5,
         RandomPattern(),
         "constant",
@@ -380,20 +390,24 @@ def test_the_default_policy_is_the_papers() -> None:
 
 
 def test_a_policy_stands_in_for_what_is_not_given() -> None:
-    config = dropbp_backend(policy="progressive_freezing")._config
-    assert (config.rate, config.pattern, config.schedule) == (0.25, LowestPattern(), "late_ramp")
-    config = dropbp_backend(0.4, policy="progressive_freezing", pattern="window", schedule=LateRamp(0.5, 0.8))._config
-    assert (config.rate, config.pattern, config.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    policy = dropbp_backend(policy="progressive_freezing").policy
+    assert (policy.rate, policy.draws, policy.schedule) == (0.25, LowestPattern(), "late_ramp")
+    mine = dataclasses.replace(policy, pattern="window", schedule=LateRamp(0.5, 0.8))
+    policy = dropbp_backend(0.4, policy=mine).policy
+    assert (policy.rate, policy.draws, policy.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    assert dropbp_backend(policy=mine).rate == 0.25
     assert dropbp_backend(0.0, policy="progressive_freezing").rate == 0.0  # zero is a rate that was given
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_policy_makes_a_backend_and_says_what_it_does(name: str) -> None:
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_every_policy_makes_a_backend_and_says_what_it_does(name: PolicyName) -> None:
     backend, run = compile_model(ResidualMLP(), rate=None, policy=name)
     backend.progress = 0.75
     square_loss(run).backward()
     assert backend.stats.realised_rate > 0
-    assert presets()[name].about.endswith(".")
+    assert DropPolicy.about(name).endswith(".")
+    assert dataclasses.replace(DropPolicy.named(name), rate=0.7).name == name
+    assert dataclasses.replace(DropPolicy.named(name), granularity="layer").name is None
     assert f'"{name}"' in str(dropbp_backend.__doc__)
 
 
@@ -443,12 +457,12 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             {"policy": "freeze"},
             ValueError,
             r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing'\. Pass one of them, or "
-            r"pattern=",
+            r"a DropPolicy",
         ),
         (
             {"policy": None},
             TypeError,
-            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', not None",
+            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', or a DropPolicy, not None",
         ),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
@@ -467,7 +481,6 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             ValueError,
             r"reallocate_every must be at least 1, not 0",
         ),
-        ({"total_forwards": 2.5}, TypeError, r"total_forwards must be a whole number of forwards or None, not 2\.5"),
         (
             {"activation_memory_budget": 1.5},
             ValueError,
@@ -489,7 +502,32 @@ def test_bad_options_are_refused_before_anything_is_compiled(
     options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text):
-        dropbp_backend(**options)
+        make_backend(**options)
+
+
+def test_equal_policies_are_those_that_do_the_same() -> None:
+    assert DropPolicy(pattern=WindowPattern()) == DropPolicy(pattern="window")
+    assert hash(DropPolicy(pattern=WindowPattern())) == hash(DropPolicy(pattern="window"))
+    assert DropPolicy(rate=np.float32(0.5)) == DropPolicy()
+    assert DropPolicy(pattern="lowest") != DropPolicy()
+    assert pickle.loads(pickle.dumps(DropPolicy(schedule=Ramp(0.1, 0.2)))) == DropPolicy(schedule=Ramp(0.1, 0.2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DropPolicy().rate = 0.3  # type: ignore[misc]
+
+
+def test_a_policy_may_be_made_from_a_mapping_of_its_fields() -> None:
+    assert DropPolicy.from_fields({"rate": 0.3, "pattern": "window"}) == DropPolicy(0.3, pattern="window")
+    with pytest.raises(ValueError, match=r"A policy has no field 'patern'\. Did you mean 'pattern'\? Its fields are"):
+        DropPolicy.from_fields({"patern": "window"})
+    with pytest.raises(ValueError, match=r"A policy has no field 3\. Its fields are rate"):
+        DropPolicy.from_fields({3: 4})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"A policy's fields must be a mapping from their names, not 'window'\."):
+        DropPolicy.from_fields("window")  # type: ignore[arg-type]
+
+
+def test_the_choices_of_graphs_and_policies_are_the_same() -> None:
+    assert get_args(drop_policy.Drop) == get_args(regions.Drop)
+    assert set(get_args(PatternName)) == {known_name(resolve_pattern(name)) for name in get_args(PatternName)}
 
 
 def test_bad_progress_is_refused() -> None:
