@@ -508,7 +508,7 @@ def test_a_schedule_that_fails_at_the_present_progress_is_refused_by_every_sette
     with pytest.raises(ValueError, match="returned nan at progress 0.7"):
         backend.schedule = broken_between
     assert backend.state_dict() == before
-    assert backend.schedule == backend._config.schedule == "constant"
+    assert backend.schedule == backend.policy.schedule == "constant"
 
 
 def test_rates_by_hand_are_given_back_at_once() -> None:
