@@ -374,6 +374,45 @@ def test_a_schedule_that_nobody_advances_warns() -> None:
     assert backend.stats.realised_rate == 0
 
 
+def test_a_callback_is_told_of_every_sample_until_it_is_ended() -> None:
+    backend, run = compile_model(ResidualMLP())
+    told: list[tuple[list[int], frozenset[int]]] = []
+    end = backend.on_sample(lambda indices, dropped: told.append((list(indices), dropped)))
+    expected = [frozenset(dropped_in(backend, run)) for _ in range(3)]
+    with backend.pinned([1]):
+        square_loss(run)
+    with torch.no_grad():
+        square_loss(run)
+    assert told == [([0, 1, 2], dropped) for dropped in [*expected, frozenset({1})]]
+    end()
+    end()
+    square_loss(run)
+    assert len(told) == 4
+
+
+def test_callbacks_may_end_themselves_or_one_another_and_what_they_raise_the_forward_raises() -> None:
+    backend, run = compile_model(ResidualMLP())
+    told: list[str] = []
+
+    def once(*_: Any) -> None:
+        told.append("once")
+        end()
+
+    def refuse(*_: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    backend.on_sample(lambda *_: told.append("always"))
+    end = backend.on_sample(once)
+    square_loss(run)
+    square_loss(run)
+    assert sorted(told) == ["always", "always", "once"]
+    end = backend.on_sample(refuse)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        square_loss(run)
+    end()
+    square_loss(run)
+
+
 # ---- policies by name ------------------------------------------------------------------------------------------------
 
 
