@@ -159,7 +159,7 @@ def test_every_way_and_place(name: str) -> None:
 def test_a_state_from_before_the_first_forward_takes_all_back() -> None:
     backend, run = compile_model(ResidualMLP(DEPTH), allocation="sensitivity")
     state = backend.state_dict()
-    expected = steps(backend, run, 0, 5, {})
+    expected = steps(backend, run, 0, 5)
     everything(backend, run)
     backend.load_state_dict(state)
     assert backend.sensitivity is None
@@ -167,7 +167,7 @@ def test_a_state_from_before_the_first_forward_takes_all_back() -> None:
     assert backend.progress == 0
     assert [branch.times_seen for branch in backend.branches] == [0] * DEPTH
     assert backend.stats.forwards == 0
-    assert steps(backend, run, 0, 5, {}) == expected
+    assert steps(backend, run, 0, 5) == expected
 
 
 def test_what_was_observed_and_not_yet_averaged_is_in_the_state() -> None:
@@ -359,19 +359,19 @@ def refusal(backend: DropBPBackend, state: Any) -> Exception | None:
 def test_bad_states_are_refused_whole_with_a_sentence() -> None:
     options = {"allocation": "sensitivity", "reallocate_every": 1000, "schedule": "ramp_up"}
     backend, run = compile_model(ResidualMLP(DEPTH), **options)
-    steps(backend, run, 0, 3, {})
+    steps(backend, run, 0, 3)
     calibrated(backend, run)
     by_hand(backend, run)
     state = backend.state_dict()
     assert all(state[key] for key in ("running", "sensitivity", "rates_by_hand", "branches"))
-    expected = steps(backend, run, 3, 23, {})
+    expected = steps(backend, run, 3, 23)
     backend.load_state_dict(state)
     cases = bad_states(by_json(state))
     assert len(cases) > 300
     step, seen, wrong = 3, [], []
     for number, (named, bad) in enumerate(cases):
         if number % 25 == 0 and step < 23:
-            seen += steps(backend, run, step, step + 1, {})
+            seen += steps(backend, run, step, step + 1)
             step += 1
         before, config = backend.state_dict(), backend._config
         refused = refusal(backend, bad)
@@ -391,7 +391,7 @@ def test_bad_states_are_refused_whole_with_a_sentence() -> None:
 
 def test_bad_states_are_refused_by_a_backend_that_has_not_met_its_model() -> None:
     backend, run = compile_model(ResidualMLP(DEPTH), allocation="sensitivity", reallocate_every=1000)
-    steps(backend, run, 0, 3, {})
+    steps(backend, run, 0, 3)
     calibrated(backend, run)
     by_hand(backend, run)
     state = by_json(backend.state_dict())
