@@ -30,7 +30,7 @@ from benchmarks.measure import Record, Request, TrainingRun, conditions, error_t
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, parameter_groups, skip_unneeded_gathers
+from dropbp_fx.distributed import all_reduce_present, check_ranks, parameter_groups, skip_unneeded_gathers
 
 #: Ranks that wait this long for one another are not going to meet: one of them has failed.
 _TIMEOUT = datetime.timedelta(seconds=240)
@@ -288,7 +288,7 @@ def _patterns(request: DistributedRequest) -> Iterator[Record]:
         assert resumed.backend is not None
         resumed.backend.load_state_dict(json.loads(state))
         again = _drawn(resumed, None, len(second))
-        resumed.backend.check_ranks()
+        check_ranks(resumed.backend)
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, _digest([first, second, again]))
         yield {

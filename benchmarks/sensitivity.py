@@ -27,12 +27,16 @@ from torch import Tensor, nn
 from benchmarks.measure import peak, reset_peak, timed
 from benchmarks.models import Shape, make_model
 from benchmarks.suites import SUITES
-from dropbp_fx import DropBPBackend, _torch, dropbp_backend
+from dropbp_fx import DropBPBackend, DropPolicy, _torch, dropbp_backend
 
 _GPU_COST = Shape(24, 2048, 8192, 16, 32000, 2, 2048)
 _CPU_COST = Shape(24, 128, 256, 4, 1000, 2, 64)
 _GPU_TEXT = Shape(12, 512, 2048, 8, 256, 32, 256)
 _CPU_TEXT = Shape(4, 64, 128, 4, 256, 8, 64)
+
+
+def _estimating(every: int) -> DropPolicy:
+    return DropPolicy(0.5, allocation="sensitivity", reallocate_every=every)
 
 
 def main() -> None:
@@ -93,13 +97,13 @@ def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
         step().backward()
     step_peak = peak(device) - held
     model.zero_grad()
-    backend.calibrate(step, progress=False)  # compiles
+    backend.calibrate(step, progress_bar=False)  # compiles
     held = reset_peak(device)
-    backend.calibrate(step, progress=False)
+    backend.calibrate(step, progress_bar=False)
     calibrate_peak = peak(device) - held
     seconds = []
     for _ in range(3):
-        one, sensitivity = timed(lambda: backend.calibrate(step, progress=False), device)
+        one, sensitivity = timed(lambda: backend.calibrate(step, progress_bar=False), device)
         seconds.append(one)
     differences = [abs(a - b) / b for a, b in zip(sensitivity.values, reference_values, strict=True)]
     return {
@@ -130,7 +134,7 @@ def _reference(model: nn.Module, backend: DropBPBackend, step: Callable[[], Tens
 
 def _ranking(name: str, shape: Shape, points: list[int], device: str, inner: str) -> list[dict[str, Any]]:
     model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
-    backend = dropbp_backend(0.5, inner=inner, seed=0, allocation="sensitivity", reallocate_every=10**9)
+    backend = dropbp_backend(policy=_estimating(10**9), inner=inner, seed=0)
     run = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device == "cuda")
     batches = _text(shape, device)
@@ -151,8 +155,8 @@ def _ranking(name: str, shape: Shape, points: list[int], device: str, inner: str
         estimate = backend.running_sensitivity
         row: dict[str, Any] = {"model": name, "step": number, "loss": loss.item()}
         for metric in ("gradnorm", "gradient"):
-            exact = backend.calibrate(step, metric=metric, batches=4, progress=False)
-            again = backend.calibrate(step, metric=metric, batches=1, progress=False)
+            exact = backend.calibrate(step, metric=metric, batches=4, progress_bar=False)
+            again = backend.calibrate(step, metric=metric, batches=1, progress_bar=False)
             guess = backend._state.schedule.running_estimate(metric)
             if estimate is not None and guess is not None:
                 row[f"{metric}: running"] = float(stats.spearmanr(guess.values, exact.values).statistic)
@@ -166,9 +170,8 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
     runs: list[Callable[[], None]] = []
     for every in (None, 10**9):
         model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
-        backend = dropbp_backend(
-            0.5, inner=inner, seed=0, allocation="uniform" if every is None else "sensitivity", reallocate_every=every
-        )
+        policy = DropPolicy() if every is None else _estimating(every)
+        backend = dropbp_backend(policy=policy, inner=inner, seed=0)
         run = torch.compile(model, backend=backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
         ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device)

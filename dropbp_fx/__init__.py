@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dropbp_fx.backend import BackendStats, DropBPBackend, dropbp_backend
+from dropbp_fx.backend import DropBPBackend, dropbp_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch
+from dropbp_fx.policy.drop_policy import DropPolicy
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
     LowestPattern,
@@ -21,6 +22,7 @@ from dropbp_fx.policy.ranks import RankDisagreementError
 from dropbp_fx.policy.sampling import Unit
 from dropbp_fx.policy.sensitivity import Sensitivity
 from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
+from dropbp_fx.summary import BackendStats
 
 if TYPE_CHECKING:
     from dropbp_fx.inspect import Explanation, dump_graphs, explain
@@ -29,6 +31,7 @@ __all__ = [
     "BackendStats",
     "Branch",
     "DropBPBackend",
+    "DropPolicy",
     "Explanation",
     "IndependentPattern",
     "LateRamp",

@@ -14,51 +14,23 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.config import BackendConfig, checked_inductor_options, checked_rate
+from dropbp_fx.config import BackendConfig, checked_inductor_options
 from dropbp_fx.graph.grad_mode import start_without_gradients, switches_gradients_on
 from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch, checked_choice
-from dropbp_fx.policy.patterns import DrawFunction, Pattern
-from dropbp_fx.policy.presets import resolve_preset
-from dropbp_fx.policy.ramps import RateSchedule, checked_progress, checked_schedule
-from dropbp_fx.policy.ranks import checked_group
+from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, checked_rate
+from dropbp_fx.policy.ramps import RateSchedule, ScheduleName, checked_progress, checked_schedule
 from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.rounds import checked_repeats
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
-from dropbp_fx.policy.values import LARGEST_COUNT, as_float, as_int, shown, takes
+from dropbp_fx.policy.values import shown, takes
 from dropbp_fx.runtime.calibration import calibrate
 from dropbp_fx.runtime.captured import MetBranches
 from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
 from dropbp_fx.state import BackendState
+from dropbp_fx.summary import BackendStats, as_html, as_text
 
 _CALIBRATION = "backend.calibrate()"
-
-
-@dataclasses.dataclass(frozen=True)
-class BackendStats:
-    """Figures of a backend so far.
-
-    Attributes:
-        forwards: training forwards, evaluation not counted: one for each time that a model with residual branches runs in
-            training mode and something in it requires a gradient, whether or not any of it can be dropped, and however
-            many graphs it is in.
-        realised_rate: share of droppable (branch, forward) pairs that was dropped, pinned forwards included.
-        realised_flops_rate: the same, branches weighted by the backward FLOPs that dropping them saves.
-        attainable_rate: what the pattern makes of the rates in the long run, one trainable branch always being kept.
-        graphs: graphs that Dynamo compiled, training and evaluation.
-        unique_regions: regions with a structure of their own; equal layers count once.
-        compiled_variants: compiled variants of regions.
-        compile_seconds: time spent in the inner compiler.
-    """
-
-    forwards: int
-    realised_rate: float
-    realised_flops_rate: float
-    attainable_rate: float
-    graphs: int
-    unique_regions: int
-    compiled_variants: int
-    compile_seconds: float
 
 
 class DropBPBackend:
@@ -95,7 +67,7 @@ class DropBPBackend:
         self._state.shortfall.called()
         _warn_of_cut_graphs(gm)
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
-        lowering = self.lowering(compiler)
+        lowering = self._lowering(compiler)
         inside = switches_gradients_on(gm)
         if inside:
             start_without_gradients(gm)
@@ -109,7 +81,7 @@ class DropBPBackend:
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
         return torch.enable_grad()(compiled) if inside else compiled
 
-    def lowering(self, compiler: Compiler) -> Lowering:
+    def _lowering(self, compiler: Compiler) -> Lowering:
         """What takes a graph from Dynamo to code of ``compiler``; the inspection takes it half of the way."""
         return Lowering(self._config, self._state, compiler)
 
@@ -120,6 +92,13 @@ class DropBPBackend:
         self._state.graphs.clear()
 
     # ---- the user's handle -----------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> DropPolicy:
+        """What the backend was made to drop, and when, with a schedule that was set or loaded since; the rate that holds now
+        is :attr:`rate`.
+        """
+        return self._config.policy
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -161,8 +140,7 @@ class DropBPBackend:
     def progress(self) -> float:
         """How much of the run is done, from 0 to 1: what a schedule goes by.
 
-        Set it in the training loop, once an optimizer step (``backend.progress = step / total_steps``), unless
-        ``total_forwards`` lets forwards count it.
+        Set it in the training loop, once an optimizer step: ``backend.progress = step / total_steps``.
 
         Raises:
             TypeError, ValueError: when set to something that is no number in [0, 1].
@@ -174,8 +152,8 @@ class DropBPBackend:
         self._state.schedule.progress = checked_progress(progress)
 
     @property
-    def schedule(self) -> str | RateSchedule:
-        """How the rate depends on progress, as for :func:`dropbp_backend`. Setting it takes effect at the next forward.
+    def schedule(self) -> ScheduleName | RateSchedule:
+        """How the rate depends on progress, as in :class:`~dropbp_fx.DropPolicy`. It may be set, from the next forward on.
 
         Raises:
             TypeError, ValueError: when set to something that is no schedule.
@@ -183,7 +161,7 @@ class DropBPBackend:
         return self._state.schedule.rates.schedule
 
     @schedule.setter
-    def schedule(self, schedule: str | RateSchedule) -> None:
+    def schedule(self, schedule: ScheduleName | RateSchedule) -> None:
         self._state.schedule.reschedule(checked_schedule(schedule))
         self._note_schedule()
 
@@ -253,52 +231,40 @@ class DropBPBackend:
         """
         return self._state.schedule.repeat(checked_repeats(forwards))
 
-    def agree_across(self, group: Any = None, *, every: int = 100, timeout_s: float = 600.0) -> None:
-        """In a distributed run: say which ranks must drop alike, and how they make sure of it.
-
-        The ranks of the default process group agree without being told, once ``torch.distributed`` is initialised. Before
-        the first draw, when the model shows new branches and after ``load_state_dict()`` they wait for one another, compare
-        all that decides patterns, and take the first rank's seed (where none was given) and FLOPs. After that, they
-        compare digests once in ``every`` forwards, without waiting; a difference is an error on all ranks at the same step.
+    def on_sample(self, callback: Callable[[Sequence[int], frozenset[int]], object]) -> Callable[[], None]:
+        """Call ``callback(indices, dropped)`` whenever a graph has been told what its next forward drops.
 
         Args:
-            group: the ranks that hold this model or this part of it, ``None`` for all; the data-parallel group of a
-                pipeline stage.
-            every: forwards between two comparisons; 0 for none.
-            timeout_s: seconds to wait for the others before it is an error.
+            callback: takes the graph's droppable branches, as indices into :attr:`branches`, and those of them that are
+                dropped. A model of several graphs makes several calls a forward. What it raises, the forward raises.
+
+        Returns:
+            A function without arguments that ends this; calling it again does nothing.
 
         Raises:
-            TypeError, ValueError: ``every`` is no count, ``timeout_s`` no positive number, or ``group`` no process group
-                that this rank is in.
+            TypeError: ``callback`` is not callable.
         """
-        number, seconds = as_int(every), as_float(timeout_s)
-        if number is None:
-            raise TypeError(f"every must be a whole number of forwards, not {shown(every)}.")
-        if number < 0:
-            raise ValueError(
-                f"every must be at least 0, not {shown(every)}; 0 compares nothing between the first draw and the last."
-            )
-        if number > LARGEST_COUNT:
-            raise ValueError(f"every must be less than 2**63, not {shown(every)}.")
-        if seconds is None:
-            raise TypeError(f"timeout_s must be a number of seconds, not {shown(timeout_s)}.")
-        if not 0 < seconds < float("inf"):
-            raise ValueError(
-                f"timeout_s must be above 0 seconds, and finite, not {shown(timeout_s)}: a rank that does not come would "
-                "let the others wait forever."
-            )
-        self._state.schedule.agree_across(checked_group(group), every=number, timeout_s=seconds)
+        if not callable(callback):
+            raise TypeError(f"callback must be a function of (indices, dropped), not {shown(callback)}.")
+        listeners = self._state.listeners
 
-    def check_ranks(self) -> None:
-        """Wait for all ranks and compare everything that decides patterns, at a place of the program that all come to.
+        def listen(indices: Sequence[int], dropped: frozenset[int]) -> None:
+            callback(indices, dropped)
 
-        Raises:
-            RankDisagreementError: on every rank, if they differ or one of them did not come.
-        """
-        self._state.schedule.check_ranks()
+        def end() -> None:
+            if listen in listeners:
+                listeners.remove(listen)
+
+        listeners.append(listen)
+        return end
 
     def calibrate(
-        self, step: Callable[[], torch.Tensor], *, metric: Metric = "gradnorm", batches: int = 1, progress: bool = True
+        self,
+        step: Callable[[], torch.Tensor],
+        *,
+        metric: Metric = "gradnorm",
+        batches: int = 1,
+        progress_bar: bool = True,
     ) -> Sensitivity:
         """Measure how much dropping each branch changes the parameter gradients.
 
@@ -313,7 +279,7 @@ class DropBPBackend:
                 wrapper. Other modules may be eager, and the model may run several times.
             metric: see :class:`Sensitivity`.
             batches: how many steps to average over; one is what the paper takes, and it is noisy.
-            progress: show a progress bar, where tqdm is installed and there is a terminal.
+            progress_bar: show one, where tqdm is installed and there is a terminal.
 
         Raises:
             TypeError: ``step`` is not callable, or does not return a real scalar tensor.
@@ -328,8 +294,8 @@ class DropBPBackend:
                 f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
                 "lambda: loss_of(batch), say."
             )
-        if not isinstance(progress, bool):
-            raise TypeError(f"progress must be True or False, not {shown(progress)}.")
+        if not isinstance(progress_bar, bool):
+            raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
         samples: list[Sensitivity] = []
         table, ranks = self._state.schedule.branches, self._state.schedule.ranks
 
@@ -339,7 +305,7 @@ class DropBPBackend:
             self._state.schedule.learn(ranks.mean(Sensitivity.mean(samples), _CALIBRATION))
 
         try:
-            calibrate(step, self._state.under, metric, int(batches), keep, progress)
+            calibrate(step, self._state.under, metric, int(batches), keep, progress_bar)
         except BaseException as error:
             ranks.give_up(_CALIBRATION, error)
             raise
@@ -365,17 +331,7 @@ class DropBPBackend:
     @property
     def stats(self) -> BackendStats:
         """Figures so far."""
-        schedule, counts = self._state.schedule, self._state.counts
-        return BackendStats(
-            forwards=schedule.forwards,
-            realised_rate=schedule.realised_rate(),
-            realised_flops_rate=schedule.realised_flops_rate(),
-            attainable_rate=schedule.attainable_rate(),
-            graphs=counts.graphs,
-            unique_regions=counts.regions,
-            compiled_variants=counts.variants,
-            compile_seconds=counts.seconds,
-        )
+        return BackendStats.of(self._state)
 
     def state_dict(self) -> dict[str, Any]:
         """The policy's state in plain Python types: a run resumed from it draws the patterns the old one would have.
@@ -407,7 +363,10 @@ class DropBPBackend:
 
     def _note_schedule(self) -> None:
         """The configuration is what a pickled backend, and one that is compared, are made of."""
-        self._config = dataclasses.replace(self._config, schedule=self._state.schedule.rates.schedule)
+        schedule = self._state.schedule.rates.schedule
+        if schedule is not self.policy.schedule:
+            policy = dataclasses.replace(self.policy, schedule=schedule)
+            self._config = dataclasses.replace(self._config, policy=policy)
 
     # ---- identity --------------------------------------------------------------------------------------------------
 
@@ -426,7 +385,7 @@ class DropBPBackend:
         )
 
     def __hash__(self) -> int:
-        return hash((self._config.rate, self._config.granularity, self._config.seed, self._config.strict))
+        return hash((self.policy.rate, self.policy.granularity, self._config.seed, self._config.strict))
 
     def _is_used(self) -> bool:
         return bool(self._state.counts.graphs or len(self._state.schedule.branches))
@@ -443,11 +402,10 @@ class DropBPBackend:
         return _restore, (self._config, self.state_dict())
 
     def __repr__(self) -> str:
-        config = self._config
-        return (
-            f"dropbp_backend(rate={self.rate}, granularity={config.granularity!r}, inner={config.inner!r}, "
-            f"seed={config.seed}) with {len(self.branches)} branches"
-        )
+        return as_text(self._config, self._state)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._config, self._state)
 
 
 def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
@@ -470,19 +428,10 @@ def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
 def dropbp_backend(
     rate: float | None = None,
     *,
-    policy: str = "dropbp",
-    granularity: str = "branch",
-    pattern: str | Pattern | DrawFunction | None = None,
-    allocation: str | None = None,
-    max_rate: float = 0.95,
-    reallocate_every: int | None = None,
-    schedule: str | RateSchedule | None = None,
-    total_forwards: int | None = None,
-    drop: str | None = None,
-    rescale: bool = False,
-    activation_memory_budget: float | None = None,
+    policy: PolicyName | DropPolicy = "dropbp",
     inner: InnerCompiler = "inductor",
     options: Mapping[str, Any] | None = None,
+    activation_memory_budget: float | None = None,
     seed: int | None = None,
     strict: bool = False,
 ) -> DropBPBackend:
@@ -494,40 +443,18 @@ def dropbp_backend(
         model = torch.compile(model, backend=backend)
 
     Args:
-        rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1): at each training step, or,
-            with a schedule, over the run.
-        policy: what stands in for ``rate``, ``pattern``, ``schedule``, ``allocation`` and ``drop`` where they are ``None``
-            (:mod:`dropbp_fx.policy.presets`). "dropbp": the paper's random branches at the constant rate
-            0.5. "freezing": the lower half of the layers is not trained. "progressive_freezing": exact in the first half of
-            the run, then the lowest layers end their training one after the other, a quarter of the backward in all (at
-            rate 0.7 nearly half of the layers are frozen from the start); it must be told of the run's progress.
-        granularity: "branch" drops single branches; "layer" drops all branches of a layer together.
-        pattern: which branches are dropped together: "random" (the paper), "independent", "lowest" (the lowest layers, the
-            same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers), or
-            a pattern of your own
-            (:class:`~dropbp_fx.policy.patterns.Pattern`).
-        allocation: "uniform" gives every branch the same rate; "sensitivity" gives rates by sensitivity, once it is known:
-            after :meth:`DropBPBackend.calibrate`, or by ``reallocate_every``.
-        max_rate: the highest rate that allocation or a named schedule gives, in (0, 1).
-        reallocate_every: keep a running estimate of the sensitivities from ordinary steps, and re-allocate the rates once
-            in so many forwards.
-        schedule: how the rate changes over the run: "constant", "ramp_up" (from 0 to 2 ``rate``), "ramp_down", "step"
-            (nothing in the first half, 2 ``rate`` in the second), "late_ramp" (nothing at first, then up to ``max_rate``),
-            or a function from progress (0 to 1) to a rate.
-        total_forwards: the run's length in training forwards (micro-batches), to count progress by. Without it the training
-            loop sets :attr:`DropBPBackend.progress`.
-        drop: "branch" drops all gradients of a branch; "weights" those of its parameters only, so that all other
-            parameters' gradients stay exact; "below" all gradients of a branch and, where the lowest branches are dropped,
-            those of the residual stream up to the first kept branch: an embedding is then not trained with what little of
-            its gradient goes around the dropped branches, but not at all in that step.
-        rescale: multiply the gradients of a kept branch by 1 / (1 - its rate). With ``pattern="independent"`` gradients are
-            then unbiased.
-        activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
-            compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
-            region). ``None`` leaves PyTorch's setting, which saves all.
+        rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1); ``None`` for the policy's.
+        policy: what is dropped, and when: a :class:`~dropbp_fx.DropPolicy`, or the name of one. "dropbp": the paper's random
+            branches at the constant rate 0.5. "freezing": the lower half of the layers is not trained.
+            "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one after
+            the other, a quarter of the backward in all (at rate 0.7 nearly half of the layers are frozen from the start);
+            it must be told of the run's :attr:`~DropBPBackend.progress`.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
+        activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
+            compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
+            region). ``None`` leaves PyTorch's setting, which saves all.
         seed: seeds the patterns; ``None`` takes ``torch.initial_seed()`` when the first one is drawn. PyTorch's own
             random streams are never touched.
         strict: refuse a training graph without residual branches instead of warning.
@@ -535,18 +462,9 @@ def dropbp_backend(
     Raises:
         TypeError, ValueError: a bad value, before anything is compiled.
     """
-    preset = resolve_preset(policy)
     config = BackendConfig.checked(
-        preset.rate if rate is None else rate,
-        granularity=granularity,
-        pattern=preset.pattern if pattern is None else pattern,
-        allocation=preset.allocation if allocation is None else allocation,
-        max_rate=max_rate,
-        reallocate_every=reallocate_every,
-        schedule=preset.schedule if schedule is None else schedule,
-        total_forwards=total_forwards,
-        drop=preset.drop if drop is None else drop,
-        rescale=rescale,
+        rate,
+        policy=policy,
         activation_memory_budget=activation_memory_budget,
         inner=inner,
         options=options,
@@ -565,8 +483,9 @@ def dropbp(
 ) -> Callable[..., Any]:
     """The backend by name: ``torch.compile(model, backend="dropbp", options={"rate": 0.5})``.
 
-    ``options`` are the arguments of :func:`dropbp_backend`; equal options share one backend, as the graphs of one model
-    must. To steer a run (``pinned``, ``rate``, ``state_dict``), make the backend yourself and pass the object.
+    ``options`` are the arguments of :func:`dropbp_backend`; ``policy`` may also be a mapping of a policy's fields. Equal
+    options share one backend, as the graphs of one model must. To steer a run (``pinned``, ``rate``, ``state_dict``), make
+    the backend yourself and pass the object.
 
     Raises:
         TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
@@ -579,6 +498,8 @@ def dropbp(
             f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(names)}. Options "
             "for Inductor go into the option named 'options'."
         )
+    if isinstance(named.get("policy"), Mapping):
+        named["policy"] = DropPolicy.from_fields(named["policy"])
     config = dropbp_backend(**named)._config  # checked before anything is looked up: as keys, False and 0 are equal
     backend = next((known for known in _named_backends if known._config == config), None)
     if backend is None:

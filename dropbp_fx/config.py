@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from dropbp_fx import _torch
-from dropbp_fx.graph.gating import Drop
-from dropbp_fx.policy.patterns import DrawFunction, Pattern, resolve_pattern
-from dropbp_fx.policy.ramps import RateSchedule, checked_schedule
+from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, resolve_policy
 from dropbp_fx.policy.ranks import in_words
-from dropbp_fx.policy.rates import Allocation, check_attainable
-from dropbp_fx.policy.schedule import Granularity
-from dropbp_fx.policy.values import LARGEST_COUNT, SEED_BITS, as_float, as_int, shown
+from dropbp_fx.policy.values import SEED_BITS, as_float, as_int, shown
 from dropbp_fx.runtime.compiler import InnerCompiler
 
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 _INNER_NAMES = ("inductor", "aot_eager")
 
 
@@ -25,16 +20,7 @@ _INNER_NAMES = ("inductor", "aot_eager")
 class BackendConfig:
     """Everything a backend is made from. Two backends of equal configuration are interchangeable until one is used."""
 
-    rate: float
-    granularity: Granularity
-    pattern: Pattern
-    allocation: Allocation
-    max_rate: float
-    reallocate_every: int | None
-    schedule: str | RateSchedule
-    total_forwards: int | None
-    drop: Drop
-    rescale: bool
+    policy: DropPolicy
     activation_memory_budget: float | None
     inner: InnerCompiler
     options: tuple[tuple[str, Any], ...]
@@ -44,51 +30,24 @@ class BackendConfig:
     @classmethod
     def checked(
         cls,
-        rate: float,
+        rate: float | None,
         *,
-        granularity: str,
-        pattern: str | Pattern | DrawFunction,
-        allocation: str,
-        max_rate: float,
-        reallocate_every: int | None,
-        schedule: str | RateSchedule,
-        total_forwards: int | None,
-        drop: str,
-        rescale: bool,
+        policy: PolicyName | DropPolicy,
         activation_memory_budget: float | None,
         inner: InnerCompiler,
         options: Mapping[str, Any] | None,
         seed: int | None,
         strict: bool,
     ) -> BackendConfig:
-        """Build a configuration, refusing bad values.
+        """Build a configuration, refusing bad values; a ``rate`` takes the place of the policy's.
 
         Raises:
             TypeError: a value of the wrong type.
             ValueError: a value out of range or an unknown name.
         """
-        _check_name(
-            "granularity", granularity, Granularity, "drop single branches, or all branches of a layer together"
-        )
-        _check_name("allocation", allocation, Allocation, "give every branch the same rate, or rates by sensitivity")
-        _check_name(
-            "drop",
-            drop,
-            Drop,
-            "drop all gradients of a branch, those of its parameters only, or all of them and of all that lies below",
-        )
-        rate = checked_rate(rate)
-        max_rate = checked_max_rate(max_rate)
-        check_attainable(rate, allocation, max_rate)
-        total_forwards = _checked_count("total_forwards", total_forwards)
-        reallocate_every = _checked_count("reallocate_every", reallocate_every)
-        if reallocate_every is not None and allocation != "sensitivity":
-            raise ValueError(
-                f"reallocate_every={reallocate_every} re-allocates rates by a running estimate of sensitivities, which "
-                f"allocation={allocation!r} does not use. Pass allocation='sensitivity' with it."
-            )
-        if not isinstance(rescale, bool):
-            raise TypeError(f"rescale must be True or False, not {shown(rescale)}.")
+        policy = resolve_policy(policy)
+        if rate is not None:
+            policy = dataclasses.replace(policy, rate=rate)
         if isinstance(inner, str):
             if inner not in _INNER_NAMES:
                 raise ValueError(
@@ -103,16 +62,7 @@ class BackendConfig:
         if not isinstance(strict, bool):
             raise TypeError(f"strict must be True or False, not {shown(strict)}.")
         return cls(
-            rate=rate,
-            granularity=granularity,  # type: ignore[arg-type]
-            pattern=resolve_pattern(pattern),
-            allocation=allocation,  # type: ignore[arg-type]
-            max_rate=max_rate,
-            reallocate_every=reallocate_every,
-            schedule=checked_schedule(schedule),
-            total_forwards=total_forwards,
-            drop=drop,  # type: ignore[arg-type]
-            rescale=rescale,
+            policy=policy,
             activation_memory_budget=checked_budget(activation_memory_budget),
             inner=inner,
             options=checked_inductor_options(options, inner),
@@ -122,28 +72,11 @@ class BackendConfig:
 
     def described(self) -> dict[str, str]:
         """What the patterns and gradients of a run depend on, in words that are equal in every process."""
-        apart = {"rate", "schedule", "seed", "inner", "options", "strict", "activation_memory_budget"}
-        fields = [field.name for field in dataclasses.fields(self) if field.name not in apart]
-        return {name: in_words(getattr(self, name)) for name in fields}
-
-
-def _check_name(argument: str, value: Any, names: Any, meaning: str) -> None:
-    valid = get_args(names)
-    if not isinstance(value, str) or value not in valid:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, valid))}, not {shown(value)}: {meaning}.")
-
-
-def _checked_count(argument: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    count = as_int(value)
-    if count is None:
-        raise TypeError(f"{argument} must be a whole number of forwards or None, not {shown(value)}.")
-    if count < 1:
-        raise ValueError(f"{argument} must be at least 1, not {shown(count)}.")
-    if count > LARGEST_COUNT:
-        raise ValueError(f"{argument} must be less than 2**63, not {shown(count)}.")
-    return count
+        apart = {"rate", "schedule"}  # they may change in a run, and are compared as they are then
+        fields = [field.name for field in dataclasses.fields(self.policy) if field.name not in apart]
+        return {name: in_words(getattr(self.policy, name)) for name in fields} | {
+            "pattern": in_words(self.policy.draws)
+        }
 
 
 def checked_seed(seed: Any) -> int | None:
@@ -163,23 +96,6 @@ def checked_seed(seed: Any) -> int | None:
     return number
 
 
-def checked_max_rate(rate: Any) -> float:
-    """``max_rate`` as a float in (0, 1).
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
-    """
-    number = as_float(rate)
-    if number is None:
-        raise TypeError(f"max_rate must be a number in (0, 1), not {shown(rate)}.")
-    if not 0 < number < 1:
-        raise ValueError(
-            f"max_rate must be in (0, 1), not {shown(rate)}: it is the highest rate that any branch is given."
-        )
-    return number
-
-
 def checked_budget(budget: Any) -> float | None:
     """``activation_memory_budget`` as a float in [0, 1], or ``None``.
 
@@ -196,24 +112,6 @@ def checked_budget(budget: Any) -> float | None:
         raise ValueError(
             f"activation_memory_budget must be in [0, 1], not {shown(budget)}: it is the share of their activations that "
             "kept branches may save for the backward; 1 saves all that torch.compile would, 0 recomputes whatever it can."
-        )
-    return number
-
-
-def checked_rate(rate: Any) -> float:
-    """``rate`` as a float in [0, 1).
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
-    """
-    number = as_float(rate)
-    if number is None:
-        raise TypeError(f"rate must be a number in [0, 1), not {shown(rate)}.")
-    if not 0 <= number < 1:
-        raise ValueError(
-            f"rate must be in [0, 1), not {shown(rate)}: it is the share of residual branches whose backward is dropped, "
-            "and at rate 1 nothing would be trained."
         )
     return number
 

@@ -57,7 +57,7 @@ class Lowering:
         dropped is left as it was, and only its branches are met; with ``whole``, for an explanation, it is one region and
         no warning is due.
         """
-        if self.config.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
+        if self.config.policy.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
         try:
             gm, writes = take_writes_out(gm)
@@ -81,7 +81,7 @@ class Lowering:
             for branch, residual in zip(met, search.branches, strict=True)
         }
         branches = [search.branches[position] for position in droppable]
-        gates = insert_gates(gm, branches, drop=self.config.drop, rescale=self.config.rescale)
+        gates = insert_gates(gm, branches, drop=self.config.policy.drop, rescale=self.config.policy.rescale)
         program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
         names = [met[position].name for position in droppable]
         variants = self._variants_of(program, names)
@@ -94,7 +94,7 @@ class Lowering:
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
             met=found,
-            below=self.config.drop == "below",
+            below=self.config.policy.drop == "below",
         )
         return self._with_ways_to_trainable_inputs(graph)
 
@@ -148,7 +148,7 @@ class Lowering:
             run = self.state.shortfall.watched(run, met.unsettled, "absence")
         if not met.training:
             return run
-        below = self.config.drop == "below"
+        below = self.config.policy.drop == "below"
 
         def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
             own = enter(self.state, met, parameters)

@@ -52,19 +52,19 @@ class BackendState:
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:
+        policy = config.policy
         schedule = Schedule(
             Rates(
-                config.rate,
-                allocation=config.allocation,
-                schedule=config.schedule,
-                max_rate=config.max_rate,
-                rescale=config.rescale,
+                policy.rate,
+                allocation=policy.allocation,
+                schedule=policy.schedule,
+                max_rate=policy.max_rate,
+                rescale=policy.rescale,
             ),
-            config.granularity,
+            policy.granularity,
             config.seed,
-            pattern=config.pattern,
-            total_forwards=config.total_forwards,
-            reallocate_every=config.reallocate_every,
+            pattern=policy.draws,
+            reallocate_every=policy.reallocate_every,
             configuration=config.described(),
         )
         listeners: list[Listener] = []

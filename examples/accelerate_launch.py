@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dropbp_fx import dropbp_backend
-from dropbp_fx.distributed import all_reduce_present
+from dropbp_fx.distributed import all_reduce_present, check_ranks
 
 
 class Block(nn.Module):
@@ -79,7 +79,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 accelerator.print(f"step {step}: loss {mean:.4f}, dropped {backend.stats.realised_rate:.3f}")
             if step == arguments.steps:
                 break
-    backend.check_ranks()
+    check_ranks(backend)
     accelerator.end_training()
 
 

@@ -28,7 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dropbp_fx import DropBPBackend, dropbp_backend
-from dropbp_fx.distributed import all_reduce_present, clip_grad_norm_, parameter_groups, skip_unneeded_gathers
+from dropbp_fx.distributed import (
+    all_reduce_present,
+    check_ranks,
+    clip_grad_norm_,
+    parameter_groups,
+    skip_unneeded_gathers,
+)
 
 
 class Block(nn.Module):
@@ -91,7 +97,7 @@ def main(given: Sequence[str] | None = None) -> None:
             step += 1
             if step % arguments.log_every == 0:
                 report(step, loss.detach(), backend)
-    backend.check_ranks()  # optional: all ranks are still at one
+    check_ranks(backend)  # optional: all ranks are still at one
     save(arguments.checkpoint, step, model, optimizer, backend)
     dist.destroy_process_group()
 

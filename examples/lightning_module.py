@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbp_fx import dropbp_backend
+from dropbp_fx import DropPolicy, dropbp_backend
 
 try:
     import lightning
@@ -37,7 +37,7 @@ class LanguageModel(lightning.LightningModule):
         super().__init__()
         shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
         self.model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256, use_cache=False))
-        self.backend = dropbp_backend(0.5, schedule="ramp_up", seed=0, inner=inner)  # 1. the handle
+        self.backend = dropbp_backend(policy=DropPolicy(0.5, schedule="ramp_up"), seed=0, inner=inner)  # 1. the handle
         self.model.compile(backend=self.backend)  # 2. the model inside, not the LightningModule
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:

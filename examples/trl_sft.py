@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbp_fx import dropbp_backend
+from dropbp_fx import DropPolicy, dropbp_backend
 
 try:
     from datasets import Dataset
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> SFTTrainer:
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=257, use_cache=False))
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
 
-    backend = dropbp_backend(0.5, schedule="ramp_up", allocation="sensitivity", seed=0, inner=options.inner)  # 1.
+    policy = DropPolicy(0.5, schedule="ramp_up", allocation="sensitivity")
+    backend = dropbp_backend(policy=policy, seed=0, inner=options.inner)  # 1.
     model.compile(backend=backend)  # 2. in place: the Trainer sees the model it knows
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dropbp_fx import DropBPBackend, dropbp_backend
+from dropbp_fx import DropBPBackend, DropPolicy, dropbp_backend
 from tests.test_models import square_loss
 
 Compiler = Callable[[fx.GraphModule, Any], Any]
 
 
+POLICY_FIELDS = {field.name for field in dataclasses.fields(DropPolicy)}
+
+
+def make_backend(rate: Any = None, *, policy: Any = "dropbp", **options: Any) -> DropBPBackend:
+    """``dropbp_backend`` with the fields of a policy among its arguments: they take the place of ``policy``'s."""
+    fields = {name: options.pop(name) for name in POLICY_FIELDS.intersection(options)}
+    if not fields:
+        return dropbp_backend(rate, policy=policy, **options)
+    if rate is not None:
+        fields["rate"] = rate
+    base = policy if isinstance(policy, DropPolicy) else DropPolicy.named(policy)
+    return dropbp_backend(policy=dataclasses.replace(base, **fields), **options)
+
+
 def compile_model(model: nn.Module, rate: float | None = 0.5, **options: Any) -> tuple[DropBPBackend, Any]:
     """A backend, seeded and without code generation unless told otherwise, and the model compiled with it."""
-    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
+    backend = make_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
     return backend, torch.compile(model, backend=backend)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 import dropbp_fx
-from dropbp_fx import DropBPBackend, LateRamp, Ramp, Steps, dropbp_backend, explain
+from dropbp_fx import DropBPBackend, DropPolicy, LateRamp, Ramp, Steps, dropbp_backend, explain
+from dropbp_fx.distributed import agree_across, check_ranks
 from dropbp_fx.inspect import cli
-from tests.helpers import compile_model, dropped_in
+from tests.helpers import compile_model, dropped_in, make_backend
 from tests.test_models import ResidualMLP, square_loss
 
 NAN, INF = float("nan"), float("inf")
@@ -60,12 +62,20 @@ def without(values: list[Any], *taken: Any) -> list[Any]:
 
 ARGUMENTS: dict[str, list[Any]] = {
     "rate": without(NO_RATES, None),
+    "policy": [*NO_NAMES, None, DropPolicy, {"rate": 0.5}],
+    "strict": NO_FLAGS,
+    "activation_memory_budget": [*without(ODD, None), -0.1, 1.1, NAN, INF, 10**400],
+    "inner": [*NO_NAMES, None, ("inductor", "inductor"), (len,), (len, None)],
+    "options": [5, "x", True, [], [("a", 1)], {1: 2}, {"no_such_option": 1}, *ARRAYS],
+    "seed": [*without(NO_COUNTS, 0, -1, 10**400), 2**1001],
+}
+FIELDS: dict[str, list[Any]] = {
+    "rate": [*NO_RATES, None],
     "max_rate": [*NO_RATES, 0, 0.0],
-    "policy": [*NO_NAMES, None],
     "granularity": [*NO_NAMES, None],
-    "allocation": NO_NAMES,
-    "drop": NO_NAMES,
-    "pattern": [*NO_NAMES, Ramp],
+    "allocation": [*NO_NAMES, None],
+    "drop": [*NO_NAMES, None],
+    "pattern": [*NO_NAMES, None, Ramp],
     "schedule": [
         *NO_NAMES,
         Ramp,
@@ -74,15 +84,10 @@ ARGUMENTS: dict[str, list[Any]] = {
         lambda p: torch.tensor(0.5),
         lambda p: 10**400,
         Ramp(0, 1),
+        None,
     ],
-    "total_forwards": NO_COUNTS,
     "reallocate_every": [*NO_COUNTS, 10],
     "rescale": NO_FLAGS,
-    "strict": NO_FLAGS,
-    "activation_memory_budget": [*without(ODD, None), -0.1, 1.1, NAN, INF, 10**400],
-    "inner": [*NO_NAMES, None, ("inductor", "inductor"), (len,), (len, None)],
-    "options": [5, "x", True, [], [("a", 1)], {1: 2}, {"no_such_option": 1}, *ARRAYS],
-    "seed": [*without(NO_COUNTS, 0, -1, 10**400), 2**1001],
 }
 
 
@@ -108,18 +113,34 @@ def refusal(call: Callable[[], Any]) -> Exception | None:
 
 def test_every_argument_is_covered() -> None:
     assert set(ARGUMENTS) == set(inspect.signature(dropbp_backend).parameters)
-    assert sum(map(len, ARGUMENTS.values())) > 250
+    assert len(ARGUMENTS) == 7
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(DropPolicy)}
+    assert sum(map(len, [*ARGUMENTS.values(), *FIELDS.values()])) > 250
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_bad_arguments(argument: str) -> None:
     for value in ARGUMENTS[argument]:
-        refused = refusal(functools.partial(dropbp_backend, **{argument: value}))
-        assert refused is not None, (argument, type(value))
-        assert isinstance(refused, (TypeError, ValueError)), repr(refused)
-        assert a_sentence(refused), repr(refused)
-        named = "Inductor|allocation" if argument in ("options", "reallocate_every") else "max_rate|rate"
-        assert re.search(rf"{argument}|{named}", str(refused)), str(refused)
+        check_refused(argument, value, functools.partial(dropbp_backend, **{argument: value}))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_bad_fields_of_a_policy(field: str) -> None:
+    for value in FIELDS[field]:
+        check_refused(field, value, functools.partial(DropPolicy, **{field: value}))
+        check_refused(
+            field, value, functools.partial(dataclasses.replace, DropPolicy.named("freezing"), **{field: value})
+        )
+        check_refused(field, value, functools.partial(DropPolicy.from_fields, {field: value}))
+
+
+def check_refused(name: str, value: Any, call: Callable[[], Any]) -> None:
+    refused = refusal(call)
+    assert refused is not None, (name, type(value))
+    assert isinstance(refused, (TypeError, ValueError)), repr(refused)
+    assert a_sentence(refused), repr(refused)
+    named = "Inductor|allocation" if name in ("options", "reallocate_every") else "max_rate|rate"
+    assert re.search(rf"{name}|{named}", str(refused)), str(refused)
 
 
 @pytest.mark.parametrize(
@@ -133,11 +154,11 @@ def test_bad_arguments(argument: str) -> None:
     ],
 )
 def test_numbers_of_other_kinds_are_numbers(value: Any, rate: float) -> None:
-    backend = dropbp_backend(value, max_rate=np.float32(0.75), seed=np.int64(3), total_forwards=np.int32(7))
+    backend = make_backend(value, max_rate=np.float32(0.75), seed=np.int64(3))
     backend.progress = value
     assert (backend.rate, backend.progress, type(backend.rate)) == (rate, rate, float)
     assert backend._config.seed == 3
-    backend = dropbp_backend(schedule=lambda p: np.float32(p) / 2)
+    backend = make_backend(schedule=lambda p: np.float32(p) / 2)
     backend.progress = 1
     assert backend.state_dict()["schedule"]["rates"][-1] == 0.5
 
@@ -160,7 +181,7 @@ def calls(backend: DropBPBackend) -> list[tuple[str, Callable[[], Any]]]:
 
     sets("rate", [*NO_RATES, 0.95], "rate")
     sets("progress", [*ODD, -0.1, 1.0001, 2, NAN, INF, -INF, 10**400, 10**5000, Fraction(3)], "progress")
-    sets("schedule", [*ARGUMENTS["schedule"], None], "schedule|progress")
+    sets("schedule", FIELDS["schedule"], "schedule|progress")
     names = [branch.name for branch in backend.branches]
     good = dict.fromkeys(names, 0.25)
     sets(
@@ -232,14 +253,19 @@ def calls(backend: DropBPBackend) -> list[tuple[str, Callable[[], Any]]]:
         found.append(("metric", functools.partial(backend.calibrate, lambda: None, metric=metric)))
     for batches in NO_COUNTS:
         found.append(("batches", functools.partial(backend.calibrate, lambda: None, batches=batches)))
-    for progress in (None, 1, "x"):
-        found.append(("progress", functools.partial(backend.calibrate, lambda: None, progress=progress)))
+    for progress_bar in (None, 1, "x"):
+        found.append(("progress_bar", functools.partial(backend.calibrate, lambda: None, progress_bar=progress_bar)))
+    for callback in (None, 5, "x", [len], Unprintable()):
+        found.append(("callback", functools.partial(backend.on_sample, callback)))
+    for other in (None, "dropbp", DropBPBackend, Unprintable()):
+        found.append(("backend must be", functools.partial(agree_across, other)))
+        found.append(("backend must be", functools.partial(check_ranks, other)))
     for group in (5, "x", [0], True, object(), Unprintable(), np.ones(2), -100):
-        found.append(("group", functools.partial(backend.agree_across, group)))
+        found.append(("group", functools.partial(agree_across, backend, group)))
     for every in without(NO_COUNTS, 0):
-        found.append(("every", functools.partial(backend.agree_across, every=every)))
+        found.append(("every", functools.partial(agree_across, backend, every=every)))
     for timeout in (None, "1", True, [], 0, -1, NAN, INF, -INF, 10**400, np.ones(2), torch.ones(1), Decimal(1)):
-        found.append(("timeout_s", functools.partial(backend.agree_across, timeout_s=timeout)))
+        found.append(("timeout_s", functools.partial(agree_across, backend, timeout_s=timeout)))
     for model in (None, 5, "x", nn.Linear, torch.ones(2), Unprintable()):
         found.append(("register", functools.partial(backend.register, model)))
     found.append(("Call register", functools.partial(backend.register, ResidualMLP())))
@@ -328,7 +354,7 @@ def test_steps_that_calibrate_cannot_use_change_nothing() -> None:
     ]
     for step, kind, text in steps:
         with pytest.raises(kind, match=text) as caught:
-            backend.calibrate(step, progress=False)
+            backend.calibrate(step, progress_bar=False)
         assert "\n" not in str(caught.value)
         after = backend.state_dict()
         assert (after["sensitivity"], after["rounds"], after["rates_by_hand"]) == (None, state["rounds"], {})
@@ -336,7 +362,7 @@ def test_steps_that_calibrate_cannot_use_change_nothing() -> None:
         for before, parameter in zip(gradients, model.parameters(), strict=True):
             assert (before is None) == (parameter.grad is None)
             assert before is None or torch.equal(before, parameter.grad)
-    assert len(backend.calibrate(lambda: square_loss(run), progress=False).values) == 3
+    assert len(backend.calibrate(lambda: square_loss(run), progress_bar=False).values) == 3
 
 
 # ---- the package and its command line --------------------------------------------------------------------------------

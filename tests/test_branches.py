@@ -112,6 +112,7 @@ def test_a_branch_is_found_however_it_is_added_and_lora_is_none(way: str) -> Non
     assert names(Stack(Block(linear, how), Block(linear, how)), x) == BLOCK_NAMES
 
 
+@pytest.mark.thorough
 def test_lora_is_exact_and_a_dropped_branch_takes_its_lora_with_it() -> None:
     model = Stack(Block(LoRA, PLAIN), Block(LoRA, PLAIN))
     x = torch.randn(2, 3, D)

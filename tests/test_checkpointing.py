@@ -262,7 +262,7 @@ def test_several_checkpoints_of_one_block_on_inputs_made_inside_them() -> None:
     backend = dropbp_backend(0.5, inner="aot_eager", seed=0)
     block.compile(backend=backend)
     patterns: list[list[str]] = []
-    backend._state.listeners.append(
+    backend.on_sample(
         lambda _indices, dropped: patterns.append([("first", "second")[index] for index in sorted(dropped)])
     )
 

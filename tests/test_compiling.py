@@ -66,6 +66,7 @@ def test_after_warmup_the_inner_compilers_are_never_called_again() -> None:
     assert calls == compiled_in_advance
 
 
+@pytest.mark.thorough
 def test_the_number_of_compilations_does_not_grow_with_depth() -> None:
     counts = []
     for layers in (2, 8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from dropbp_fx import DropBPBackend, _torch, dropbp_backend, lowering
+from dropbp_fx import DropBPBackend, DropPolicy, _torch, dropbp_backend, lowering
 from dropbp_fx.backend import dropbp
+from tests.helpers import POLICY_FIELDS, make_backend
 
 
 def function(*_: object) -> None:
@@ -141,9 +143,16 @@ def test_a_bad_argument_is_refused_with_a_sentence_that_names_it(
     arguments: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     with pytest.raises(kind, match=text) as caught:
-        dropbp_backend(**arguments)
+        make_backend(**arguments)
     assert type(caught.value) is kind
     one_sentence(caught.value)
+
+
+def _by_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As a configuration file has them: the fields of a policy in a mapping of their own."""
+    fields = {name: value for name, value in arguments.items() if name in POLICY_FIELDS and name != "rate"}
+    rest = {name: value for name, value in arguments.items() if name not in fields}
+    return {**rest, "policy": fields} if fields else rest
 
 
 @pytest.mark.parametrize(("arguments", "kind", "text"), REFUSED, ids=IDS)
@@ -151,7 +160,7 @@ def test_a_bad_option_by_name_is_refused_with_the_same_sentence_and_before_anyth
     arguments: dict[str, Any], kind: type[Exception], text: str, counting: CountingCompiler
 ) -> None:
     with pytest.raises(kind, match=text) as caught:
-        dropbp(fx.symbolic_trace(Residual()), [torch.randn(2, 4)], options=arguments)
+        dropbp(fx.symbolic_trace(Residual()), [torch.randn(2, 4)], options=_by_name(arguments))
     assert type(caught.value) is kind
     assert counting.calls == 0
 
@@ -163,12 +172,33 @@ def test_a_refusal_by_name_shows_through_torch_compile(counting: CountingCompile
 
 
 def test_an_unknown_option_by_name_is_refused_with_the_list_of_options(counting: CountingCompiler) -> None:
-    text = (
-        r"backend 'dropbp' has no option 'rat'; its options are rate, policy, granularity, pattern, .*, seed, strict\."
-    )
+    text = r"backend 'dropbp' has no option 'rat'; its options are rate, policy, inner, options, .*, seed, strict\."
     with refused_while_compiling(ValueError, text + r" Options for Inductor go into the option named 'options'"):
         torch.compile(Residual(), backend=dropbp, options={"rat": 0.5})(torch.randn(2, 4))
     assert counting.calls == 0
+
+
+def test_a_policy_by_name_may_be_a_name_an_object_or_a_mapping_of_its_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[DropBPBackend] = []
+    call = DropBPBackend.__call__
+
+    def noted(backend: DropBPBackend, *arguments: Any, **named: Any) -> Any:
+        made.append(backend)
+        return call(backend, *arguments, **named)
+
+    monkeypatch.setattr(DropBPBackend, "__call__", noted)
+    fields = {"pattern": "lowest", "drop": "below"}
+    for policy in (fields, {"rate": 0.7, **fields}, DropPolicy.named("freezing"), "freezing"):
+        torch._dynamo.reset()
+        options = {"policy": policy, "inner": "aot_eager", "seed": 71}
+        torch.compile(Residual(), backend=dropbp, options=options)(torch.randn(2, 4))
+    first, second, third, fourth = made
+    assert first is third is fourth, "equal options share one backend"
+    assert first.policy == DropPolicy.named("freezing")
+    assert second.rate == 0.7
+    torch._dynamo.reset()
+    with refused_while_compiling(ValueError, r"A policy has no field 'pattrn'\. Did you mean 'pattern'\?"):
+        torch.compile(Residual(), backend=dropbp, options={"policy": {"pattrn": "x"}})(torch.randn(2, 4))
 
 
 def test_by_name_false_is_no_rate_of_zero_that_was_seen_before() -> None:
@@ -232,7 +262,7 @@ def test_good_values_of_every_argument_are_taken() -> None:
     pair = (CountingCompiler(), CountingCompiler())
     for granularity in ("branch", "layer"):
         for inner in ("inductor", "aot_eager", pair):
-            dropbp_backend(granularity=granularity, inner=inner, seed=-3, strict=True, options={})
+            make_backend(granularity=granularity, inner=inner, seed=-3, strict=True, options={})
     dropbp_backend(options={"max-autotune": True, "epilogue_fusion": False})
     dropbp_backend(options=None, seed=None)
 
@@ -241,7 +271,7 @@ def test_a_refused_argument_leaves_a_counting_inner_compiler_uncalled() -> None:
     forward, backward = CountingCompiler(), CountingCompiler()
     for arguments in ({"rate": 2.0}, {"granularity": "x"}, {"seed": "x"}, {"strict": "x"}, {"options": {"x": 1}}):
         with pytest.raises((TypeError, ValueError)):
-            dropbp_backend(inner=(forward, backward), **arguments)
+            make_backend(inner=(forward, backward), **arguments)
     assert forward.calls == backward.calls == 0
 
 
@@ -298,14 +328,46 @@ def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
 # ---- repr, equality, copies ------------------------------------------------------------------------------------------
 
 
-def test_the_repr_tells_the_configuration_and_the_number_of_branches() -> None:
-    backend = dropbp_backend(0.25, granularity="layer", inner="aot_eager", seed=3)
-    text = "dropbp_backend(rate=0.25, granularity='layer', inner='aot_eager', seed=3) with {} branches"
-    assert repr(backend) == text.format(0)
-    torch.compile(Residual(), backend=backend)(torch.randn(2, 4))
-    assert repr(backend) == text.format(2)
+def test_the_repr_is_one_readable_block() -> None:
+    backend = make_backend(0.25, granularity="layer", inner="aot_eager", seed=3)
+    assert repr(backend).splitlines() == [
+        "DropBPBackend",
+        "  policy    of its own: pattern random, schedule constant, granularity layer",
+        "  rate      0.25 asked for, no training forward yet",
+        "  progress  0",
+        "  branches  none before the first forward",
+        "  variants  0 compiled in 0.0 seconds, of 0 regions in 0 graphs",
+        "  compiler  aot_eager",
+        "  seed      3",
+    ]
+    run = torch.compile(Residual(), backend=backend)
+    with backend.pinned([0]):
+        run(torch.randn(2, 4))
     backend.rate = 0.5
-    assert repr(backend).startswith("dropbp_backend(rate=0.5,")
+    backend.progress = 0.125
+    lines = repr(backend).splitlines()
+    assert lines[2:5] == [
+        "  rate      0.5 asked for, 0.5 realised in 1 training forward",
+        "  progress  0.125",
+        "  branches  2, 2 of them droppable",
+    ]
+    assert re.match(r"  variants  [1-9]\d* compiled in \d+\.\d seconds, of [1-9]\d* regions? in 1 graph$", lines[5])
+    assert "policy    progressive_freezing: pattern lowest, schedule late_ramp, drop below" in repr(
+        dropbp_backend(0.7, policy="progressive_freezing")
+    )
+
+
+def test_notebooks_show_the_same_as_a_table() -> None:
+    def less_than_all(progress: float) -> float:
+        return 0.25
+
+    backend = make_backend(schedule=less_than_all, inner=(function, function))
+    table = backend._repr_html_()
+    assert table.startswith("<table>")
+    for line in repr(backend).splitlines()[1:]:
+        name, value = line.split(maxsplit=1)
+        assert f">{name}</th>" in table
+        assert f">{value}</td>" in table
 
 
 DIFFERENT: list[dict[str, Any]] = [
@@ -324,7 +386,7 @@ DIFFERENT: list[dict[str, Any]] = [
 def test_unused_backends_are_equal_exactly_if_their_configurations_are() -> None:
     for i, first in enumerate(DIFFERENT):
         for j, second in enumerate(DIFFERENT):
-            a, b = dropbp_backend(**first), dropbp_backend(**second)
+            a, b = make_backend(**first), make_backend(**second)
             assert (a == b) == (i == j), (first, second)
             if i == j:
                 assert hash(a) == hash(b)
@@ -376,7 +438,7 @@ def test_copies_share_policy_and_equal_the_original(duplicate: Callable[[DropBPB
 
 @pytest.mark.parametrize("arguments", DIFFERENT, ids=lambda arguments: "-".join(arguments))
 def test_a_pickled_unused_backend_is_an_equal_and_independent_one(arguments: dict[str, Any]) -> None:
-    original = dropbp_backend(**arguments)
+    original = make_backend(**arguments)
     twin = pickle.loads(pickle.dumps(original))
     assert twin == original
     assert hash(twin) == hash(original)

@@ -48,14 +48,17 @@ from benchmarks.measure import Record
 from benchmarks.models import Llama
 from benchmarks.results import load
 from benchmarks.suites import shape_of
-from dropbp_fx import DropBPBackend, RankDisagreementError, dropbp_backend
+from dropbp_fx import DropBPBackend, RankDisagreementError
 from dropbp_fx.distributed import (
+    agree_across,
     all_reduce_present,
+    check_ranks,
     clip_grad_norm_,
     gathered_parameters,
     parameter_groups,
     skip_unneeded_gathers,
 )
+from tests.helpers import make_backend
 from tests.oracle import detached
 
 pytestmark = pytest.mark.thorough
@@ -119,7 +122,7 @@ def batch_of(rank: int, step: int, tokens: int = 5) -> Tensor:
 
 def backend_of(**more: Any) -> DropBPBackend:
     arguments = {"rate": 0.5, "seed": 0, "inner": "aot_eager", **more}
-    return dropbp_backend(**arguments)
+    return make_backend(**arguments)
 
 
 class Drops:
@@ -128,7 +131,7 @@ class Drops:
     def __init__(self, backend: DropBPBackend) -> None:
         self._backend = backend
         self._drawn: list[tuple[Sequence[int], frozenset[int]]] = []
-        backend._state.listeners.append(lambda indices, dropped: self._drawn.append((indices, dropped)))
+        backend.on_sample(lambda indices, dropped: self._drawn.append((indices, dropped)))
 
     def last(self) -> list[str]:
         return [name for dropped in self.each() for name in dropped]
@@ -680,7 +683,7 @@ class Stage(nn.Module):
 def stages_of_a_pipeline(rank: int, folder: Path) -> None:
     """Every stage draws for itself, once for each micro-batch."""
     part, oracle, backend = Stage(Model(layers=4), rank), Model(layers=4), backend_of(seed=rank)
-    backend.agree_across(dist.new_group([rank], use_local_synchronization=True))
+    agree_across(backend, dist.new_group([rank], use_local_synchronization=True))
     part.compile(backend=backend)
     example = torch.zeros(2, 5, 16 if rank else 4, requires_grad=bool(rank))
     result = torch.zeros(2, 5, 2 if rank else 16, requires_grad=not rank)
@@ -712,7 +715,7 @@ def stages_that_were_not_told_apart(rank: int, folder: Path) -> None:
     part.compile(backend=backend)
     text = raised(lambda: part(torch.zeros(2, 5, 16 if rank else 4)))
     assert 'number 0 of the branches: ["layers.0.attn", "layers.0", true] on rank 0' in text
-    assert "backend.agree_across(group)" in text
+    assert "agree_across(backend, group)" in text
 
 
 PARTS = [tensor_parallel_layers, stages_of_a_pipeline, stages_that_were_not_told_apart]
@@ -784,7 +787,7 @@ def test_clipping_where_there_is_nothing_to_clip_and_what_it_refuses() -> None:
 def patterns_agree_whatever_lengths_the_ranks_see(rank: int, folder: Path) -> None:
     """Ranks compile other graphs at other steps; the FLOPs that draws are balanced by are the first rank's."""
     model, backend = Model(), backend_of(seed=None)
-    backend.agree_across(every=10)
+    agree_across(backend, every=10)
     model.compile(backend=backend)
     ddp, drops = DistributedDataParallel(model, find_unused_parameters=True), Drops(backend)
     lengths = [[64, 4], [4, 4], [32, 4], [4, 64]]
@@ -797,7 +800,7 @@ def patterns_agree_whatever_lengths_the_ranks_see(rank: int, folder: Path) -> No
     ours, theirs = everybody((seen, [branch.backward_flops for branch in backend.branches]))
     assert ours == theirs
     assert len(set(map(tuple, seen))) > 3
-    backend.check_ranks()
+    check_ranks(backend)
 
 
 def a_resumed_run_goes_on_alike(rank: int, folder: Path) -> None:
@@ -872,7 +875,7 @@ def ranks_that_differ_are_an_error_on_every_rank(rank: int, folder: Path) -> Non
     model.compile(backend=backend)
     text = raised(lambda: model(batch_of(0, 0)))
     assert "the number of branches: 4 on rank 0, 2 on rank 1." in text
-    assert "backend.agree_across(group)" in text
+    assert "agree_across(backend, group)" in text
 
 
 def ranks_that_part_later_are_an_error_on_every_rank(rank: int, folder: Path) -> None:
@@ -880,7 +883,7 @@ def ranks_that_part_later_are_an_error_on_every_rank(rank: int, folder: Path) ->
 
     def train(disturb: Callable[[DropBPBackend, Model], Any]) -> str:
         model, backend = Model(layers=1), backend_of()
-        backend.agree_across(every=5)
+        agree_across(backend, every=5)
         model.compile(backend=backend)
         ddp = DistributedDataParallel(model, find_unused_parameters=True)
         optimizer, done = torch.optim.SGD(model.parameters(), 0.01), 0
@@ -907,16 +910,16 @@ def a_check_finds_a_forward_more_at_once(rank: int, folder: Path) -> None:
     backend = backend_of()
     forward = forward_of(backend)
     forward()
-    backend.check_ranks()
+    check_ranks(backend)
     with backend.disabled() if rank else contextlib.nullcontext():
         forward()
-    assert "number of training forwards: 2 on rank 0, 1 on rank 1." in raised(backend.check_ranks)
+    assert "number of training forwards: 2 on rank 0, 1 on rank 1." in raised(lambda: check_ranks(backend))
 
 
 def a_rank_that_does_not_come_is_an_error(rank: int, folder: Path) -> None:
     for missing, patience in ((1, 0.5), (0, 0.75)):
         backend = backend_of()
-        backend.agree_across(dist.new_group([0, 1]), timeout_s=0.5)
+        agree_across(backend, dist.new_group([0, 1]), timeout_s=0.5)
         forward = forward_of(backend)
         if rank != missing:
             with pytest.raises(RankDisagreementError, match=f"Waited {patience} s for rank {missing} to agree"):
@@ -932,7 +935,7 @@ def calibration_is_the_mean_over_ranks(rank: int, folder: Path) -> None:
     alone = backend_of()
     single = Model()
     single.compile(backend=alone)
-    alone.agree_across(dist.new_group([rank], use_local_synchronization=True))
+    agree_across(alone, dist.new_group([rank], use_local_synchronization=True))
     own = alone.calibrate(lambda: loss_of(single, batch_of(rank, 0)))
     everyone = everybody(own.values)
     assert everyone[0] != everyone[1]
@@ -953,7 +956,7 @@ def calibration_is_the_mean_over_ranks(rank: int, folder: Path) -> None:
     )
     with pytest.raises(error, match=expected):
         backend.calibrate(fails_on_one_rank)
-    backend.check_ranks()
+    check_ranks(backend)
 
 
 def re_allocation_is_alike(rank: int, folder: Path) -> None:
@@ -967,7 +970,7 @@ def re_allocation_is_alike(rank: int, folder: Path) -> None:
     rates = dict(backend.rates)
     assert len(set(rates.values())) > 1
     assert everybody(rates) == [rates] * WORLD
-    backend.check_ranks()
+    check_ranks(backend)
 
 
 AGREEMENT = [

@@ -22,6 +22,7 @@ from benchmarks import predictions
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.inspect import Explanation, tables
 from dropbp_fx.policy.sampling import Unit
+from tests.helpers import make_backend
 from tests.matrix import family
 from tests.test_models import CASES, IDS, SMALL, ResidualMLP, X, language_loss, square_loss
 
@@ -33,7 +34,7 @@ def llama(layers: int = 2, **changes: Any) -> hf.LlamaForCausalLM:
 
 
 def explain_llama(layers: int = 2, **options: Any) -> Explanation:
-    return explain(llama(layers), input_ids=IDS, labels=IDS, backend=dropbp_backend(0.5, inner="aot_eager", **options))
+    return explain(llama(layers), input_ids=IDS, labels=IDS, backend=make_backend(0.5, inner="aot_eager", **options))
 
 
 class TestWhatIsFound:

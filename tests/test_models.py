@@ -154,6 +154,7 @@ def test_frozen_parameters_and_a_frozen_embedding() -> None:
     assert_exact(model, run, backend, language_loss, list(LLAMA_LIKE.values()))
 
 
+@pytest.mark.thorough
 def test_layers_below_the_first_trainable_one_are_never_drawn() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 3}))
     for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dropbp_fx import NoResidualBranchWarning, dropbp_backend
+from tests.helpers import make_backend
 from tests.oracle import detached
 
 WIDTH = 8
@@ -137,7 +138,7 @@ def compare(
                 value.copy_(start[name])
         return steps(model, run, requires_grad, leaf=leaf)
 
-    backend = dropbp_backend(0.5, seed=0, inner="aot_eager", **options)
+    backend = make_backend(0.5, seed=0, inner="aot_eager", **options)
     run = torch.compile(model, backend=backend)
     for pattern in patterns:
         with backend.pinned(pattern):
@@ -600,7 +601,7 @@ def test_calibration_measures_what_a_step_would_and_leaves_a_changed_input_as_it
         backend = dropbp_backend(0.5, seed=0, inner="aot_eager")
         run = torch.compile(model, backend=backend)
         for metric in ("gradnorm", "gradient"):
-            backend.calibrate(lambda run=run, x=x: run(x).square().sum(), metric=metric, progress=False)  # type: ignore[arg-type, misc]
+            backend.calibrate(lambda run=run, x=x: run(x).square().sum(), metric=metric, progress_bar=False)  # type: ignore[arg-type, misc]
             assert backend.sensitivity is not None
             found.append(backend.sensitivity.values)
         assert torch.equal(x, before[0])

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dropbp_fx import DropBPBackend, dropbp_backend, explain
 from dropbp_fx.inspect import record_patterns
+from tests.helpers import make_backend
 from tests.oracle import assert_equal, assert_exact, compiled, detached, eager
 
 pytestmark = pytest.mark.thorough
@@ -59,7 +60,7 @@ def loss(model: Any) -> Tensor:
 def make(rate: float = 0.5, model: Model | None = None, **options: Any) -> tuple[Model, DropBPBackend]:
     torch.manual_seed(0)
     model = model or Model()
-    backend = dropbp_backend(rate, inner="aot_eager", **{"seed": 0, **options})
+    backend = make_backend(rate, inner="aot_eager", **{"seed": 0, **options})
     backend.register(model)
     for layer in model.layers:
         layer.compile(backend=backend)
@@ -147,7 +148,7 @@ def test_the_budget_holds_over_the_layers_and_calibration_is_that_of_the_whole_m
     found = backend.calibrate(lambda: loss(model))
     torch.manual_seed(0)
     whole = Model()
-    other = dropbp_backend(0.5, inner="aot_eager", allocation="sensitivity")
+    other = make_backend(0.5, inner="aot_eager", allocation="sensitivity")
     run = torch.compile(whole, backend=other)
     expected = other.calibrate(lambda: loss(run))
     assert found.names == expected.names == tuple(POINTS)
@@ -305,7 +306,7 @@ def test_layers_that_no_module_calls_count_as_one_and_a_warning_says_so() -> Non
         return model.head(x)
 
     patterns: list[frozenset[int]] = []
-    backend._state.listeners.append(lambda _indices, dropped: patterns.append(dropped))
+    backend.on_sample(lambda _indices, dropped: patterns.append(dropped))
     with pytest.warns(UserWarning, match=r"One compiled graph serves several modules.*backend\.register\(model\)"):
         actual = compiled(model, loss, run)
     assert [branch.name for branch in backend.branches] == ["attention", "mlp"]

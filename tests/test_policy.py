@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 import random
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dropbp_fx import (
+    DropPolicy,
     LateRamp,
     LowestPattern,
     Ramp,
@@ -28,12 +31,15 @@ from dropbp_fx import (
     dropbp_backend,
     explain,
 )
+from dropbp_fx.graph import gating
 from dropbp_fx.graph.cost import node_flops
+from dropbp_fx.policy import drop_policy
 from dropbp_fx.policy.allocation import objective
-from dropbp_fx.policy.presets import presets
+from dropbp_fx.policy.drop_policy import PolicyName
+from dropbp_fx.policy.patterns import PatternName, known_name, resolve_pattern
 from dropbp_fx.policy.ramps import rate_schedule
 from tests.flops import FlopCounter
-from tests.helpers import compile_model, dropped_in
+from tests.helpers import compile_model, dropped_in, make_backend
 from tests.oracle import Result, assert_equal, assert_exact, compiled, detached, eager, some_patterns
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
@@ -45,6 +51,7 @@ MLP = [f"blocks.{i}" for i in range(3)]
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_branchs_backward_flops_are_what_dropping_it_saves() -> None:
     counter = FlopCounter()
     backend, run = compile_model(llama(), inner=counter.inner)
@@ -63,6 +70,7 @@ def test_a_branchs_backward_flops_are_what_dropping_it_saves() -> None:
         assert exact - backward([branch.index]) == branch.backward_flops > 0, branch.name
 
 
+@pytest.mark.thorough
 def test_flops_are_those_of_torchs_own_counter() -> None:
     """The joint graphs of a model, summed, against what eager autograd does."""
     model = llama().float()
@@ -159,6 +167,7 @@ def test_bad_rates_by_name_change_nothing() -> None:
 # ---- allocation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_allocation_by_sensitivity_follows_a_calibration_and_holds_the_flops_budget() -> None:
     backend, run = compile_model(llama(), 0.5, allocation="sensitivity", max_rate=0.9)
     language_loss(run)
@@ -177,6 +186,7 @@ def test_allocation_by_sensitivity_follows_a_calibration_and_holds_the_flops_bud
     assert backend.stats.realised_flops_rate == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.thorough
 def test_on_measured_sensitivities_a_greedy_rule_of_tenths_is_never_better() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 6}))
     backend, run = compile_model(model)
@@ -200,6 +210,7 @@ def test_an_explanation_of_a_backend_shows_measured_sensitivities_and_rates() ->
     assert [branch.rate for branch in explained] == list(backend.rates.values())
 
 
+@pytest.mark.thorough
 def test_allocation_survives_a_resume_and_a_new_rate() -> None:
     model = llama()
     backend, run = compile_model(model, 0.5, allocation="sensitivity")
@@ -217,6 +228,7 @@ def test_allocation_survives_a_resume_and_a_new_rate() -> None:
     assert spent / sum(flops) == pytest.approx(0.25, rel=0.005)
 
 
+@pytest.mark.thorough
 def test_running_estimates_reallocate_by_themselves() -> None:
     backend, run = compile_model(llama(), 0.4, allocation="sensitivity", reallocate_every=120)
     for _ in range(120):
@@ -231,6 +243,7 @@ def test_running_estimates_reallocate_by_themselves() -> None:
         assert min(values[0], values[2]) > 4 * max(values[1], values[3]), f"attention matters more here ({source})"
 
 
+@pytest.mark.thorough
 def test_an_observed_step_has_the_gradients_of_any_other() -> None:
     model = llama()
     observing, run = compile_model(model, 0.25, allocation="sensitivity", reallocate_every=1000)
@@ -309,17 +322,20 @@ def test_a_rate_above_the_highest_ends_a_late_ramp_there() -> None:
     assert [schedule(progress) for progress in (0.0, 0.5, 1.0)] == [0.95] * 3
 
 
-def test_forwards_advance_progress_where_their_number_is_given_and_a_resume_goes_on() -> None:
+def test_progress_moves_a_schedule_and_a_resume_goes_on() -> None:
     model = ResidualMLP()
-    options = {"schedule": Ramp(0.0, 0.8), "total_forwards": 11}
+    options = {"schedule": Ramp(0.0, 0.8)}
     backend, run = compile_model(model, 0.4, **options)
     seen = []
-    for _ in range(6):
+    for step in range(6):
+        backend.progress = step / 10
         dropped_in(backend, run)
         seen.append(backend.rates["blocks.0"])
     resumed, run_resumed = compile_model(model, 0.4, **options)
     resumed.load_state_dict(backend.state_dict())
-    for _ in range(8):
+    assert resumed.progress == backend.progress
+    for step in range(6, 14):
+        resumed.progress = min(step / 10, 1.0)
         dropped_in(resumed, run_resumed)
         seen.append(resumed.rates["blocks.0"])
     assert seen == pytest.approx([0.08 * i for i in range(11)] + [0.8] * 3)
@@ -365,13 +381,53 @@ def test_a_schedule_that_nobody_advances_warns() -> None:
     assert backend.stats.realised_rate == 0
 
 
+def test_a_callback_is_told_of_every_sample_until_it_is_ended() -> None:
+    backend, run = compile_model(ResidualMLP())
+    told: list[tuple[list[int], frozenset[int]]] = []
+    end = backend.on_sample(lambda indices, dropped: told.append((list(indices), dropped)))
+    expected = [frozenset(dropped_in(backend, run)) for _ in range(3)]
+    with backend.pinned([1]):
+        square_loss(run)
+    with torch.no_grad():
+        square_loss(run)
+    assert told == [([0, 1, 2], dropped) for dropped in [*expected, frozenset({1})]]
+    end()
+    end()
+    square_loss(run)
+    assert len(told) == 4
+
+
+def test_callbacks_may_end_themselves_or_one_another_and_what_they_raise_the_forward_raises() -> None:
+    backend, run = compile_model(ResidualMLP())
+    told: list[str] = []
+
+    def once(*_: Any) -> None:
+        told.append("once")
+        end()
+
+    def refuse(*_: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    backend.on_sample(lambda *_: told.append("always"))
+    end = backend.on_sample(once)
+    square_loss(run)
+    square_loss(run)
+    assert sorted(told) == ["always", "always", "once"]
+    end = backend.on_sample(refuse)
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        square_loss(run)
+    end()
+    square_loss(run)
+
+
 # ---- policies by name ------------------------------------------------------------------------------------------------
 
 
 def test_the_default_policy_is_the_papers() -> None:
     assert dropbp_backend()._config == dropbp_backend(policy="dropbp")._config
-    config = dropbp_backend()._config
-    assert (config.rate, config.pattern, config.schedule, config.allocation) == (
+    policy = dropbp_backend().policy
+    assert policy == DropPolicy() == DropPolicy.named("dropbp")
+    assert (policy.rate, policy.draws, policy.schedule, policy.allocation) == (
         0.5,
         RandomPattern(),
         "constant",
@@ -380,20 +436,24 @@ def test_the_default_policy_is_the_papers() -> None:
 
 
 def test_a_policy_stands_in_for_what_is_not_given() -> None:
-    config = dropbp_backend(policy="progressive_freezing")._config
-    assert (config.rate, config.pattern, config.schedule) == (0.25, LowestPattern(), "late_ramp")
-    config = dropbp_backend(0.4, policy="progressive_freezing", pattern="window", schedule=LateRamp(0.5, 0.8))._config
-    assert (config.rate, config.pattern, config.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    policy = dropbp_backend(policy="progressive_freezing").policy
+    assert (policy.rate, policy.draws, policy.schedule) == (0.25, LowestPattern(), "late_ramp")
+    mine = dataclasses.replace(policy, pattern="window", schedule=LateRamp(0.5, 0.8))
+    policy = dropbp_backend(0.4, policy=mine).policy
+    assert (policy.rate, policy.draws, policy.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    assert dropbp_backend(policy=mine).rate == 0.25
     assert dropbp_backend(0.0, policy="progressive_freezing").rate == 0.0  # zero is a rate that was given
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_policy_makes_a_backend_and_says_what_it_does(name: str) -> None:
+@pytest.mark.parametrize("name", get_args(PolicyName))
+def test_every_policy_makes_a_backend_and_says_what_it_does(name: PolicyName) -> None:
     backend, run = compile_model(ResidualMLP(), rate=None, policy=name)
     backend.progress = 0.75
     square_loss(run).backward()
     assert backend.stats.realised_rate > 0
-    assert presets()[name].about.endswith(".")
+    assert DropPolicy.about(name).endswith(".")
+    assert dataclasses.replace(DropPolicy.named(name), rate=0.7).name == name
+    assert dataclasses.replace(DropPolicy.named(name), granularity="layer").name is None
     assert f'"{name}"' in str(dropbp_backend.__doc__)
 
 
@@ -443,12 +503,12 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             {"policy": "freeze"},
             ValueError,
             r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing'\. Pass one of them, or "
-            r"pattern=",
+            r"a DropPolicy",
         ),
         (
             {"policy": None},
             TypeError,
-            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', not None",
+            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', or a DropPolicy, not None",
         ),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
@@ -467,7 +527,6 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             ValueError,
             r"reallocate_every must be at least 1, not 0",
         ),
-        ({"total_forwards": 2.5}, TypeError, r"total_forwards must be a whole number of forwards or None, not 2\.5"),
         (
             {"activation_memory_budget": 1.5},
             ValueError,
@@ -489,7 +548,32 @@ def test_bad_options_are_refused_before_anything_is_compiled(
     options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text):
-        dropbp_backend(**options)
+        make_backend(**options)
+
+
+def test_equal_policies_are_those_that_do_the_same() -> None:
+    assert DropPolicy(pattern=WindowPattern()) == DropPolicy(pattern="window")
+    assert hash(DropPolicy(pattern=WindowPattern())) == hash(DropPolicy(pattern="window"))
+    assert DropPolicy(rate=np.float32(0.5)) == DropPolicy()
+    assert DropPolicy(pattern="lowest") != DropPolicy()
+    assert pickle.loads(pickle.dumps(DropPolicy(schedule=Ramp(0.1, 0.2)))) == DropPolicy(schedule=Ramp(0.1, 0.2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DropPolicy().rate = 0.3  # type: ignore[misc]
+
+
+def test_a_policy_may_be_made_from_a_mapping_of_its_fields() -> None:
+    assert DropPolicy.from_fields({"rate": 0.3, "pattern": "window"}) == DropPolicy(0.3, pattern="window")
+    with pytest.raises(ValueError, match=r"A policy has no field 'patern'\. Did you mean 'pattern'\? Its fields are"):
+        DropPolicy.from_fields({"patern": "window"})
+    with pytest.raises(ValueError, match=r"A policy has no field 3\. Its fields are rate"):
+        DropPolicy.from_fields({3: 4})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"A policy's fields must be a mapping from their names, not 'window'\."):
+        DropPolicy.from_fields("window")  # type: ignore[arg-type]
+
+
+def test_the_choices_of_graphs_and_policies_are_the_same() -> None:
+    assert get_args(drop_policy.Drop) == get_args(gating.Drop)
+    assert set(get_args(PatternName)) == {known_name(resolve_pattern(name)) for name in get_args(PatternName)}
 
 
 def test_bad_progress_is_refused() -> None:
@@ -503,6 +587,7 @@ def test_bad_progress_is_refused() -> None:
 # ---- patterns --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_suffix_and_window_drop_whole_contiguous_layers() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 6}))
     for pattern in ("suffix", "window"):
@@ -741,6 +826,7 @@ def test_nothing_below_the_first_kept_branch_is_trained(case: str) -> None:
         assert_equal(actual, below_oracle(reference, loss_of, pattern, points, stem), what=f"pattern {sorted(pattern)}")
 
 
+@pytest.mark.thorough
 def test_a_tied_embedding_is_trained_by_the_head_alone_where_the_lowest_layers_are_dropped() -> None:
     model = llama(tie_word_embeddings=True)
     backend, run = compile_model(model, drop="below", pattern="lowest")
@@ -753,6 +839,7 @@ def test_a_tied_embedding_is_trained_by_the_head_alone_where_the_lowest_layers_a
         )
 
 
+@pytest.mark.thorough
 def test_steps_below_which_nothing_is_trained_need_nothing_that_warmup_did_not_compile() -> None:
     model = llama()
     backend, run = compile_model(model, drop="below", pattern="lowest")
@@ -790,6 +877,7 @@ def test_a_weight_that_two_branches_share_keeps_the_other_branchs_share() -> Non
         torch.testing.assert_close(actual[name], gradient)
 
 
+@pytest.mark.thorough
 def test_dropping_weights_saves_the_weights_share_of_the_backward() -> None:
     whole, run_whole = compile_model(llama())
     weights, run_weights = compile_model(llama(), drop="weights")
@@ -823,6 +911,7 @@ def test_calibration_of_dropped_weights_is_their_squared_norm() -> None:
         assert value == pytest.approx(sum(float(g.norm()) ** 2 for g in mine), rel=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.inductor
 def test_inductor_rescales_and_drops_weights() -> None:
     for options in ({"rescale": True, "pattern": "independent"}, {"drop": "weights"}):
@@ -853,6 +942,7 @@ def saved_bytes(model: nn.Module, run: Any, loss_of: Callable[[Any], Tensor]) ->
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
 
 
+@pytest.mark.thorough
 def test_a_memory_budget_recomputes_within_kept_branches_and_changes_no_gradient() -> None:
     model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).train()
     names = [f"model.layers.{i}.{part}" for i in range(SMALL["num_hidden_layers"]) for part in ("self_attn", "mlp")]
@@ -866,6 +956,7 @@ def test_a_memory_budget_recomputes_within_kept_branches_and_changes_no_gradient
     assert saved[2] < saved[1] < saved[0], saved
 
 
+@pytest.mark.thorough
 def test_the_head_and_the_loss_are_not_recomputed_for_a_memory_budget() -> None:
     """They would cost much and save next to nothing: FLOPs of the backward grow by the branches' forwards at most."""
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from dropbp_fx import dropbp_backend
+from tests.helpers import make_backend
 from tests.oracle import assert_equal, compiled, eager
 
 D = 6
@@ -196,7 +197,7 @@ def test_below_the_first_kept_branch_the_stream_is_detached(blocks: list[Any], b
     model = Stack(blocks)
     owners = [index for index, block in enumerate(model.blocks) for _ in block.branches]  # type: ignore[union-attr]
     points = [f"blocks.{o}.branches.{i - owners.index(o)}" for i, o in enumerate(owners)]
-    backend = dropbp_backend(inner="aot_eager", drop="below", pattern="lowest")
+    backend = make_backend(inner="aot_eager", drop="below", pattern="lowest")
     run = torch.compile(model, backend=backend)
     x = torch.randn(2, 5, D)
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from dropbp_fx import DropBPBackend, LateRamp, Ramp, Steps, dropbp_backend
 from dropbp_fx.policy.running import Observed, RunningSensitivity
 from dropbp_fx.policy.schedule import Schedule
-from tests.helpers import compile_model, dropped_in
+from tests.helpers import compile_model, dropped_in, make_backend
 from tests.test_models import ResidualMLP, square_loss
 
 NAN, INF = math.nan, math.inf
@@ -50,7 +50,7 @@ def late_ramp_of_my_own(progress: float) -> float:
 
 
 def calibrated(backend: DropBPBackend, run: Any) -> None:
-    backend.calibrate(lambda: square_loss(run), progress=False)
+    backend.calibrate(lambda: square_loss(run), progress_bar=False)
 
 
 def by_hand(backend: DropBPBackend, run: Any) -> None:
@@ -85,7 +85,6 @@ RUNS: dict[str, tuple[dict[str, Any], Callable[[DropBPBackend, Any], None] | Non
     "sensitivity, before it is known": ({"allocation": "sensitivity"}, None),
     "running estimate": ({"allocation": "sensitivity", "reallocate_every": 8}, None),
     "ramp": ({"schedule": "ramp_up"}, None),
-    "ramp by forwards": ({"schedule": "ramp_up", "total_forwards": STEPS}, None),
     "schedule set later": ({}, rescheduled),
     "late ramp set later": ({"schedule": "ramp_up"}, ramped_late),
     "name set later": ({"schedule": Ramp(0.2, 0.6)}, renamed),
@@ -99,12 +98,11 @@ RUNS: dict[str, tuple[dict[str, Any], Callable[[DropBPBackend, Any], None] | Non
 }
 
 
-def steps(backend: DropBPBackend, run: Any, first: int, last: int, options: Mapping[str, Any]) -> list[Any]:
+def steps(backend: DropBPBackend, run: Any, first: int, last: int) -> list[Any]:
     """The patterns of some steps, each with the loss's input of its own, and the rates they were drawn at."""
     seen: list[Any] = []
     for step in range(first, last):
-        if "total_forwards" not in options:
-            backend.progress = step / STEPS
+        backend.progress = step / STEPS
 
         def loss(model: Any, step: int = step) -> Tensor:
             return model(INPUTS[step]).square().mean()  # type: ignore[no-any-return]
@@ -117,13 +115,13 @@ def check_run(name: str, ways: list[tuple[str, str]]) -> None:
     options, event = RUNS[name]
     model = ResidualMLP(DEPTH)
     backend, run = compile_model(model, **options)
-    steps(backend, run, 0, 3, options)
+    steps(backend, run, 0, 3)
     if event is not None:
         event(backend, run)
-    steps(backend, run, 3, SAVED_AT, options)
+    steps(backend, run, 3, SAVED_AT)
     state = backend.state_dict()
     kept = copy.deepcopy(state)
-    expected = steps(backend, run, SAVED_AT, STEPS, options)
+    expected = steps(backend, run, SAVED_AT, STEPS)
     final = backend.state_dict()
     assert state == kept
     for way, where in ways:
@@ -140,7 +138,7 @@ def check_run(name: str, ways: list[tuple[str, str]]) -> None:
                 square_loss(again).backward()
         other.load_state_dict(WAYS[way](state))
         assert other.state_dict() == state, (name, way, where)
-        assert steps(other, again, SAVED_AT, STEPS, options) == expected, (name, way, where)
+        assert steps(other, again, SAVED_AT, STEPS) == expected, (name, way, where)
         assert other.state_dict() == final, (name, way, where)
 
 
@@ -161,7 +159,7 @@ def test_every_way_and_place(name: str) -> None:
 def test_a_state_from_before_the_first_forward_takes_all_back() -> None:
     backend, run = compile_model(ResidualMLP(DEPTH), allocation="sensitivity")
     state = backend.state_dict()
-    expected = steps(backend, run, 0, 5, {})
+    expected = steps(backend, run, 0, 5)
     everything(backend, run)
     backend.load_state_dict(state)
     assert backend.sensitivity is None
@@ -169,7 +167,7 @@ def test_a_state_from_before_the_first_forward_takes_all_back() -> None:
     assert backend.progress == 0
     assert [branch.times_seen for branch in backend.branches] == [0] * DEPTH
     assert backend.stats.forwards == 0
-    assert steps(backend, run, 0, 5, {}) == expected
+    assert steps(backend, run, 0, 5) == expected
 
 
 def test_what_was_observed_and_not_yet_averaged_is_in_the_state() -> None:
@@ -199,7 +197,7 @@ def test_observations_that_are_not_finite_are_no_part_of_the_averages() -> None:
 
 
 def test_a_state_holds_plain_numbers_whatever_it_was_given() -> None:
-    backend = dropbp_backend(np.float32(0.5), inner="aot_eager", seed=np.int64(3), schedule=Ramp(np.float64(0.25), 0))
+    backend = make_backend(np.float32(0.5), inner="aot_eager", seed=np.int64(3), schedule=Ramp(np.float64(0.25), 0))
     backend.progress = np.float64(0.5)  # type: ignore[assignment]
     state = backend.state_dict()
     assert by_torch(state) == by_json(state) == state
@@ -214,14 +212,14 @@ def test_a_state_holds_plain_numbers_whatever_it_was_given() -> None:
 def test_a_schedule_is_in_the_state(schedule: Any) -> None:
     backend = dropbp_backend(inner="aot_eager")
     backend.schedule = schedule
-    other = dropbp_backend(inner="aot_eager", schedule="step")
+    other = make_backend(inner="aot_eager", schedule="step")
     other.load_state_dict(by_json(backend.state_dict()))
     assert other.schedule == schedule
     assert other == backend, "its configuration has the schedule too"
 
 
 def test_a_function_cannot_be_saved_and_a_state_says_so() -> None:
-    state = by_json(dropbp_backend(schedule=late_ramp_of_my_own).state_dict())
+    state = by_json(make_backend(schedule=late_ramp_of_my_own).state_dict())
     assert state["schedule"]["name"] == "late_ramp_of_my_own"
     for schedule, text in (
         (
@@ -234,13 +232,13 @@ def test_a_function_cannot_be_saved_and_a_state_says_so() -> None:
             r"returns 0.205\d* at progress 0.1; this backend's schedule .*lambda> returns 0.25 there",
         ),
     ):
-        backend = dropbp_backend(schedule=schedule)
+        backend = make_backend(schedule=schedule)
         before = backend.state_dict()
         with pytest.raises(ValueError, match=text) as caught:
             backend.load_state_dict(state)
         assert "set backend.schedule to it" in str(caught.value)
         assert backend.state_dict() == before
-    equal = dropbp_backend(schedule=lambda p: 0.2 + 0.5 * p**2)
+    equal = make_backend(schedule=lambda p: 0.2 + 0.5 * p**2)
     equal.load_state_dict({**state, "progress": 0.5})
     assert equal.progress == 0.5
 
@@ -361,19 +359,19 @@ def refusal(backend: DropBPBackend, state: Any) -> Exception | None:
 def test_bad_states_are_refused_whole_with_a_sentence() -> None:
     options = {"allocation": "sensitivity", "reallocate_every": 1000, "schedule": "ramp_up"}
     backend, run = compile_model(ResidualMLP(DEPTH), **options)
-    steps(backend, run, 0, 3, {})
+    steps(backend, run, 0, 3)
     calibrated(backend, run)
     by_hand(backend, run)
     state = backend.state_dict()
     assert all(state[key] for key in ("running", "sensitivity", "rates_by_hand", "branches"))
-    expected = steps(backend, run, 3, 23, {})
+    expected = steps(backend, run, 3, 23)
     backend.load_state_dict(state)
     cases = bad_states(by_json(state))
     assert len(cases) > 300
     step, seen, wrong = 3, [], []
     for number, (named, bad) in enumerate(cases):
         if number % 25 == 0 and step < 23:
-            seen += steps(backend, run, step, step + 1, {})
+            seen += steps(backend, run, step, step + 1)
             step += 1
         before, config = backend.state_dict(), backend._config
         refused = refusal(backend, bad)
@@ -393,7 +391,7 @@ def test_bad_states_are_refused_whole_with_a_sentence() -> None:
 
 def test_bad_states_are_refused_by_a_backend_that_has_not_met_its_model() -> None:
     backend, run = compile_model(ResidualMLP(DEPTH), allocation="sensitivity", reallocate_every=1000)
-    steps(backend, run, 0, 3, {})
+    steps(backend, run, 0, 3)
     calibrated(backend, run)
     by_hand(backend, run)
     state = by_json(backend.state_dict())
@@ -413,7 +411,7 @@ def test_bad_states_are_refused_by_a_backend_that_has_not_met_its_model() -> Non
 
 def test_a_rate_that_allocation_cannot_give_is_refused() -> None:
     state = dropbp_backend(0.9).state_dict()
-    backend = dropbp_backend(0.5, allocation="sensitivity", max_rate=0.8)
+    backend = make_backend(0.5, allocation="sensitivity", max_rate=0.8)
     before = backend.state_dict()
     with pytest.raises(ValueError, match=r"rate cannot be above max_rate, but rate=0.9 and max_rate=0.8"):
         backend.load_state_dict(state)
@@ -510,7 +508,7 @@ def test_a_schedule_that_fails_at_the_present_progress_is_refused_by_every_sette
     with pytest.raises(ValueError, match="returned nan at progress 0.7"):
         backend.schedule = broken_between
     assert backend.state_dict() == before
-    assert backend.schedule == backend._config.schedule == "constant"
+    assert backend.schedule == backend.policy.schedule == "constant"
 
 
 def test_rates_by_hand_are_given_back_at_once() -> None:
@@ -540,7 +538,7 @@ class Moody:
 def test_a_draw_that_fails_does_not_count(answer: Any, seed: int | None) -> None:
     for before_first in (True, False):
         pattern = Moody()
-        schedule = Schedule(0.5, "branch", seed, pattern=pattern, total_forwards=10)
+        schedule = Schedule(0.5, "branch", seed, pattern=pattern)
         schedule.reschedule("ramp_up")
         for name in "abcd":
             schedule.meet(name, name, trainable=True, droppable=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dropbp_fx import DropBPBackend, dropbp_backend
+from tests.helpers import make_backend
 from tests.test_trainability import Net, loss, make, step, train_only
 
 NAMES = [f"blocks.{i}.inner" for i in range(4)]
@@ -22,7 +23,7 @@ def second(names: list[str], number: int = 2) -> list[str]:
 
 
 def two(rate: float, **options: Any) -> tuple[DropBPBackend, list[Net], list[Any]]:
-    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
+    backend = make_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
     models = [Net(), Net()]
     return backend, models, [torch.compile(model, backend=backend) for model in models]
 

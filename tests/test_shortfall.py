@@ -17,9 +17,9 @@ from dropbp_fx import (
     DropBPBackend,
     LessDroppedWarning,
     NoResidualBranchWarning,
-    dropbp_backend,
     explain,
 )
+from tests.helpers import make_backend
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8).cos()
@@ -74,7 +74,7 @@ def blocks(count: int = 4) -> nn.Sequential:
 
 
 def backend_of(rate: float = 0.5, **options: Any) -> DropBPBackend:
-    return dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
+    return make_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
 
 
 def loss(model: Callable[..., Any]) -> Tensor:

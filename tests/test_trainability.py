@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend, dropbp_backend
+from tests.helpers import make_backend
 from tests.oracle import assert_equal, compiled, eager
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8).cos()
@@ -56,7 +57,7 @@ def loss(run: Any) -> Tensor:
 
 def make(rate: float = 0.5, *, depth: int = 4, breaks: int | None = None, **options: Any) -> tuple[Net, Any, Any]:
     model = Net(depth, breaks)
-    backend = dropbp_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
+    backend = make_backend(rate, **{"inner": "aot_eager", "seed": 0, **options})
     return model, backend, torch.compile(model, backend=backend)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend, NoResidualBranchWarning, dropbp_backend
 from dropbp_fx.backend import dropbp
-from tests.helpers import compile_model, dropped_in, recording_compilers
+from tests.helpers import compile_model, dropped_in, make_backend, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 from tests.test_models import ResidualMLP, X, square_loss
 
@@ -200,7 +200,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         square_loss(torch.compile(other, backend=met))
         met.load_state_dict(state)
     with pytest.raises(ValueError, match="granularity='branch', this backend has granularity='layer'"):
-        dropbp_backend(granularity="layer").load_state_dict(state)
+        make_backend(granularity="layer").load_state_dict(state)
     with pytest.raises(ValueError, match="its version is None"):
         dropbp_backend().load_state_dict({})
 
@@ -294,7 +294,7 @@ def test_nested_pins_and_an_exception_inside_one() -> None:
 
 def test_layer_granularity_drops_all_branches_of_a_layer_together() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, 0.0), 4, enable_nested_tensor=False)
-    backend = dropbp_backend(0.5, granularity="layer", inner="aot_eager", seed=0)
+    backend = make_backend(0.5, granularity="layer", inner="aot_eager", seed=0)
     run = torch.compile(model, backend=backend)
     for _ in range(6):
         before = [branch.times_dropped for branch in backend.branches]
@@ -312,7 +312,7 @@ def test_the_backend_by_name() -> None:
         missing += sum(g is None for g in compiled(model, square_loss, run).gradients.values())
     assert missing > 0
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="has no option 'rats'; its options are rate, policy, granularity"):
+    with pytest.raises(Exception, match="has no option 'rats'; its options are rate, policy, inner"):
         square_loss(torch.compile(model, backend=dropbp, options={"rats": 0.6}))
 
 

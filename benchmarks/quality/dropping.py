@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from benchmarks.measure import Record
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting
 from benchmarks.quality.tasks import cosine
-from dropbp_fx import dropbp_backend
+from dropbp_fx import DropPolicy, dropbp_backend
 from dropbp_fx.distributed import parameter_groups
 
 
@@ -46,11 +47,13 @@ class Engine(Attempt):
         control: float | None = None,
     ) -> None:
         self.model, self.setting = model, setting
-        chosen = options()
-        self.backend = dropbp_backend(rate=setting.rate, inner=setting.inner, seed=0, **chosen)
+        chosen = dict(options())
+        base, budget = DropPolicy.named(chosen.pop("policy", "dropbp")), chosen.pop("activation_memory_budget", None)
+        policy = dataclasses.replace(base, rate=setting.rate, **chosen)
+        self.backend = dropbp_backend(policy=policy, inner=setting.inner, activation_memory_budget=budget, seed=0)
         self.run = torch.compile(model, backend=self.backend, dynamic=False)
         self._calibrate_at, self._scale_power, self._coast, self._control = calibrate_at, scale_power, coast, control
-        self.reusable = "allocation" not in chosen and control is None
+        self.reusable = policy.allocation == "uniform" and control is None
         self._calibrated = False
         self._controlled: list[float] = []
         self._taken: Counter[Tensor] = Counter()  # steps by gradients, which a fused optimizer counts on the device

@@ -58,7 +58,7 @@ def _graphs(
 
     def keep(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
         run = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if not whole else None
-        graph = backend.lowering(compiler).capture(gm, whole=True)
+        graph = backend._lowering(compiler).capture(gm, whole=True)
         assert isinstance(graph, CapturedGraph)  # whole=True
         found.append(graph)
         return _leave if run is None else run.forward

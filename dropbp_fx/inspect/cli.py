@@ -7,11 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import dropbp_fx
-from dropbp_fx.config import GRANULARITIES, checked_rate
 from dropbp_fx.inspect import doctor, huggingface
+from dropbp_fx.policy.drop_policy import checked_rate
+from dropbp_fx.policy.saved_state import Granularity
 
 _EXPLAIN = """\
 Say what would be dropped in a model and what that saves, from its configuration alone: nothing is downloaded, no weight is
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--rate", type=_rate, default=0.5, help="drop rate in [0, 1) (default: %(default)s)")
     explain.add_argument(
         "--granularity",
-        choices=GRANULARITIES,
+        choices=get_args(Granularity),
         default="branch",
         help="what is dropped as a whole (default: %(default)s)",
     )
@@ -120,7 +121,8 @@ def _explain(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         lora_rank=arguments.lora_rank,
     )
-    backend = dropbp_fx.dropbp_backend(arguments.rate, granularity=arguments.granularity, inner=arguments.inner)
+    policy = dropbp_fx.DropPolicy(arguments.rate, granularity=arguments.granularity)
+    backend = dropbp_fx.dropbp_backend(policy=policy, inner=arguments.inner)
     try:
         explanation = dropbp_fx.explain(model, **inputs, backend=backend)
     except (ValueError, RuntimeError):

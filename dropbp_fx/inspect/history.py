@@ -69,8 +69,8 @@ def record_patterns(backend: DropBPBackend) -> Iterator[PatternHistory]:
         history.names.update((index, backend.branches[index].name) for index in indices if index not in history.names)
         history.add(indices, dropped)
 
-    backend._state.listeners.append(listen)
+    stop = backend.on_sample(listen)
     try:
         yield history
     finally:
-        backend._state.listeners.remove(listen)
+        stop()

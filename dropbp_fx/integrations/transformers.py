@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.inspect import Explanation, explain
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
-from dropbp_fx.policy.ramps import RateSchedule
+from dropbp_fx.policy.ramps import RateSchedule, ScheduleName
 from dropbp_fx.policy.sensitivity import Metric, check_calibration
 from dropbp_fx.policy.values import as_float, shown
 
@@ -55,11 +55,12 @@ class DropBPCallback(TrainerCallback):
 
     Usage::
 
-        backend = dropbp_backend(rate=0.5, allocation="sensitivity", schedule="ramp_up")
+        policy = DropPolicy(rate=0.5, allocation="sensitivity", schedule="ramp_up")
+        backend = dropbp_backend(policy=policy)
         model.compile(backend=backend)
         Trainer(model, arguments, ..., callbacks=[DropBPCallback(backend, calibrate_at=0.1)]).train()
 
-    * Before each optimizer step it sets ``backend.progress``, unless the backend was made with ``total_forwards``.
+    * Before each optimizer step it sets ``backend.progress``.
     * At ``calibrate_at`` of the run it measures the branches' sensitivities. Neither the order of the training data nor any
       random stream nor the optimizer notices.
     * It adds to each log of training losses ``dropbp_rate``, the share of branches that was dropped since the last one, and
@@ -72,7 +73,7 @@ class DropBPCallback(TrainerCallback):
         calibrate_at: share of the run's optimizer steps after which sensitivities are measured, in [0, 1); ``None`` for
             never. The backend needs ``allocation="sensitivity"``.
         schedule: how the rate changes over the run, in place of the backend's own schedule
-            (:func:`~dropbp_fx.dropbp_backend`); ``None`` leaves that.
+            (:class:`~dropbp_fx.DropPolicy`); ``None`` leaves that.
         calibration_batches: how many random batches of the training data to measure on; or the batches themselves, as the
             model takes them.
         metric: what is measured (:class:`~dropbp_fx.policy.sensitivity.Sensitivity`).
@@ -89,7 +90,7 @@ class DropBPCallback(TrainerCallback):
         backend: DropBPBackend,
         *,
         calibrate_at: float | None = None,
-        schedule: str | RateSchedule | None = None,
+        schedule: ScheduleName | RateSchedule | None = None,
         calibration_batches: int | Sequence[Batch] = 1,
         metric: Metric = "gradnorm",
         loss: Callable[[nn.Module, Batch], Tensor] | None = None,
@@ -131,6 +132,7 @@ class DropBPCallback(TrainerCallback):
         self._history = PatternHistory()
         self._recording = contextlib.ExitStack()
         self._explanation: Explanation | None = None
+        self._graphs_explained = 0
 
     # ---- the Trainer's events --------------------------------------------------------------------------------------
 
@@ -175,8 +177,7 @@ class DropBPCallback(TrainerCallback):
     ) -> None:
         """Advance the schedule, and calibrate when it is time."""
         progress = state.global_step / max(state.max_steps, 1)
-        if self.backend._config.total_forwards is None:
-            self.backend.progress = min(progress, 1.0)
+        self.backend.progress = min(progress, 1.0)
         if self._calibrate_at is not None and not self._calibrated and progress >= self._calibrate_at:
             assert model is not None
             self._calibrate(args, state, model, train_dataloader)
@@ -256,7 +257,7 @@ class DropBPCallback(TrainerCallback):
             return self._loss(model, cast("Batch", send_to_device(batch, args.device)))
 
         model.train()  # as the Trainer does before each of its forwards
-        self.backend.calibrate(step, metric=self._metric, batches=self._count, progress=not args.disable_tqdm)
+        self.backend.calibrate(step, metric=self._metric, batches=self._count, progress_bar=not args.disable_tqdm)
 
     # ---- logs ------------------------------------------------------------------------------------------------------
 
@@ -273,8 +274,9 @@ class DropBPCallback(TrainerCallback):
     def _saved_memory(self) -> float:
         patterns = self._history.patterns[-_FORWARDS_COSTED:]
         self._history.patterns.clear()
-        if self._explanation is None or self._explanation.graphs != len(self.backend._state.graphs):
-            self._explanation = explain(self.backend)
+        graphs = self.backend.stats.graphs
+        if self._explanation is None or self._graphs_explained != graphs:
+            self._explanation, self._graphs_explained = explain(self.backend), graphs
         full = self._explanation.cost_of(()).saved_bytes
         kept = statistics.fmean(self._explanation.cost_of(pattern).saved_bytes for pattern in patterns)
         return 1 - kept / full if full else 0.0
@@ -296,10 +298,10 @@ def _check_calibrate_at(share: Any, backend: DropBPBackend) -> None:
             f"calibrate_at must be in [0, 1), not {shown(share)}: it is the share of the run that is done when "
             "sensitivities are measured, such as 0.1."
         )
-    if backend._config.allocation != "sensitivity":
+    if backend.policy.allocation != "sensitivity":
         raise ValueError(
-            f"calibrate_at={share} measures sensitivities, which a backend with allocation={backend._config.allocation!r} "
-            "does not use. Make it with dropbp_backend(..., allocation='sensitivity'), or leave calibrate_at out."
+            f"calibrate_at={share} measures sensitivities, which a backend with allocation={backend.policy.allocation!r} "
+            "does not use. Make it with policy=DropPolicy(..., allocation='sensitivity'), or leave calibrate_at out."
         )
 
 

@@ -20,7 +20,7 @@ import math
 import operator
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
 from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
@@ -30,16 +30,19 @@ __all__ = [
     "IndependentPattern",
     "LowestPattern",
     "Pattern",
+    "PatternName",
     "PatternWithFrequencies",
     "RandomPattern",
     "SuffixPattern",
     "WindowPattern",
     "checked_draw",
     "frequencies",
+    "known_name",
     "pattern_name",
     "resolve_pattern",
 ]
 
+PatternName = Literal["random", "independent", "window", "lowest", "suffix"]
 DrawFunction = Callable[[Sequence[Unit], random.Random], Collection[int]]
 
 
@@ -166,11 +169,17 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
     )
 
 
+def known_name(pattern: Pattern) -> str | None:
+    """The name that :func:`resolve_pattern` knows a pattern by, if it does."""
+    same = (name for name, known in _builtin().items() if type(known) is type(pattern) and known == pattern)
+    return next(same, None)
+
+
 def pattern_name(pattern: Pattern) -> str:
     """The name that :func:`resolve_pattern` knows a pattern by; of a user's own, the name of its function or class."""
     if isinstance(pattern, _FunctionPattern):
         return getattr(pattern.function, "__name__", repr(pattern.function))
-    return next((name for name, known in _builtin().items() if known == pattern), type(pattern).__name__)
+    return known_name(pattern) or type(pattern).__name__
 
 
 def frequencies(pattern: Pattern, units: Sequence[Unit]) -> list[float]:

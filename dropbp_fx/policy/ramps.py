@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dropbp_fx.policy.values import as_float, shown, takes
 
 #: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
 RateSchedule = Callable[[float], float]
 
-_NAMES = ("constant", "ramp_up", "ramp_down", "step", "late_ramp")
+ScheduleName = Literal["constant", "ramp_up", "ramp_down", "step", "late_ramp"]
+_NAMES: tuple[str, ...] = get_args(ScheduleName)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Steps:
         return max((pair for pair in self.rates if pair[0] <= progress), default=(0.0, 0.0))[1]
 
 
-def rate_schedule(schedule: str | RateSchedule, rate: float, max_rate: float) -> RateSchedule:
+def rate_schedule(schedule: ScheduleName | RateSchedule, rate: float, max_rate: float) -> RateSchedule:
     """The function behind a schedule's name.
 
     ``"constant"`` is ``rate`` throughout. The others average ``rate`` as long as ``max_rate`` leaves them room:
@@ -111,7 +112,7 @@ def rate_schedule(schedule: str | RateSchedule, rate: float, max_rate: float) ->
     )
 
 
-def checked_schedule(schedule: Any) -> str | RateSchedule:
+def checked_schedule(schedule: Any) -> ScheduleName | RateSchedule:
     """A schedule's name, or a function that gives rates at the start, in the middle and at the end.
 
     Raises:
@@ -124,7 +125,7 @@ def checked_schedule(schedule: Any) -> str | RateSchedule:
                 f"There is no schedule named {schedule!r}; the names are {', '.join(map(repr, _NAMES))}. Pass one of them, "
                 "or a function from progress (0 to 1) to a rate."
             )
-        return schedule
+        return schedule  # type: ignore[return-value]
     if isinstance(schedule, type):
         raise TypeError(
             f"schedule is the class {schedule.__name__}, but must be an instance of it: pass {schedule.__name__}(...)."

@@ -74,7 +74,7 @@ def checked_group(group: Any) -> Any:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             "This rank is not in the process group: new_group() returned GroupMember.NON_GROUP_MEMBER on it. Call "
-            "agree_across(group) on the ranks of the group alone, with the groups that hold them."
+            "agree_across(backend, group) on the ranks of the group alone, with the groups that hold them."
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -128,7 +128,7 @@ class RankAgreement:
             RankDisagreementError: the ranks differ, or one of them did not come.
         """
         self._steps.count()
-        self._exchange("backend.check_ranks()", {"facts": {**facts, _STEPS: self._steps.taken}}, _checked)
+        self._exchange("check_ranks(backend)", {"facts": {**facts, _STEPS: self._steps.taken}}, _checked)
 
     def compare(self, number: int, facts: Callable[[], Mapping[str, Any]]) -> None:
         """At the draw of round ``number``: compare digests of ``facts`` once in so many rounds, waiting for nobody.
@@ -300,8 +300,8 @@ class _Channel:
         error = (
             f"Waited {waited_s:g} s for {late} to agree on which branches to drop. All ranks of a process group must run "
             "the same training forwards, load state and calibrate together. Where only some ranks train this model, or hold "
-            "other parts of it (pipeline stages), name those that must agree: backend.agree_across(group); a slow "
-            "compilation may want a longer timeout_s there."
+            "other parts of it (pipeline stages), name those that must agree: "
+            "dropbp_fx.distributed.agree_across(backend, group); a slow compilation may want a longer timeout_s there."
         )
         if not self._rank:
             self._publish({"error": error})
@@ -382,7 +382,7 @@ def _difference(posts: Sequence[Message]) -> str | None:
         "arguments on every rank, set rate, rates and progress alike, load the same state, and run as many training "
         "forwards on one rank as on any other (those in backend.disabled(), in evaluation mode or without gradients do not "
         "count). Ranks that hold other parts of the model, such as pipeline stages, agree among their copies only: "
-        "backend.agree_across(group)."
+        "dropbp_fx.distributed.agree_across(backend, group)."
     )
 
 

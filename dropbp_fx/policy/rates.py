@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch, BranchTable, unknown_name
-from dropbp_fx.policy.ramps import RateSchedule, checked_scheduled_rate, rate_schedule
+from dropbp_fx.policy.ramps import RateSchedule, ScheduleName, checked_scheduled_rate, rate_schedule
 from dropbp_fx.policy.values import shown
 
 Allocation = Literal["uniform", "sensitivity"]
@@ -32,7 +32,7 @@ class Rates:
 
     rate: float
     allocation: Allocation = "uniform"
-    schedule: str | RateSchedule = "constant"
+    schedule: ScheduleName | RateSchedule = "constant"
     max_rate: float = 0.95
     rescale: bool = False
     progress: float = 0.0

@@ -10,14 +10,22 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dropbp_fx.policy.ramps import LateRamp, Ramp, RateSchedule, Steps, checked_schedule, checked_scheduled_rate
+from dropbp_fx.policy.ramps import (
+    LateRamp,
+    Ramp,
+    RateSchedule,
+    ScheduleName,
+    Steps,
+    checked_schedule,
+    checked_scheduled_rate,
+)
 from dropbp_fx.policy.values import as_float, shown
 
 _KINDS = {"Ramp": Ramp, "LateRamp": LateRamp, "Steps": Steps}
 _PLACES = tuple(k / 10 for k in range(11))
 
 
-def schedule_as_data(schedule: str | RateSchedule) -> Any:
+def schedule_as_data(schedule: ScheduleName | RateSchedule) -> Any:
     """``schedule`` in plain Python types."""
     if isinstance(schedule, str):
         return schedule
@@ -28,7 +36,7 @@ def schedule_as_data(schedule: str | RateSchedule) -> Any:
     return {"kind": "function", "name": _name_of(schedule), "rates": _rates_of(schedule)}
 
 
-def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSchedule:
+def restored_schedule(data: Any, present: ScheduleName | RateSchedule) -> ScheduleName | RateSchedule:
     """The schedule that ``data`` was made from.
 
     Args:
@@ -39,7 +47,7 @@ def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSched
         TypeError, ValueError: ``data`` is no schedule, or a function, and ``present`` is not that one.
     """
     if isinstance(data, str):
-        return _made(lambda: data)
+        return _made(lambda: checked_schedule(data))
     if not isinstance(data, Mapping):
         raise TypeError(
             f"The state's 'schedule' must be a schedule's name or figures, not {shown(data)}. Pass what state_dict() "
@@ -64,14 +72,14 @@ def restored_schedule(data: Any, present: str | RateSchedule) -> str | RateSched
     return present
 
 
-def _made(make: Callable[[], str | RateSchedule]) -> str | RateSchedule:
+def _made(make: Callable[[], ScheduleName | RateSchedule]) -> ScheduleName | RateSchedule:
     try:
         return checked_schedule(make())
     except (TypeError, ValueError) as error:
         raise type(error)(f"The state's 'schedule' is none: {error}") from None
 
 
-def _check_function(name: Any, rates: Any, present: str | RateSchedule) -> None:
+def _check_function(name: Any, rates: Any, present: ScheduleName | RateSchedule) -> None:
     if not isinstance(name, str):
         raise TypeError(f"The state's 'schedule' must have the name of a function, not {shown(name)}.")
     if (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from dropbp_fx.policy.branches import Branch
-from dropbp_fx.policy.ramps import RateSchedule
+from dropbp_fx.policy.ramps import RateSchedule, ScheduleName
 from dropbp_fx.policy.running import SavedAverage
 from dropbp_fx.policy.saved_schedule import restored_schedule, schedule_as_data
 from dropbp_fx.policy.sensitivity import Metric, Sensitivity
@@ -40,7 +40,7 @@ class SavedState:
 
     rate: float
     progress: float
-    schedule: str | RateSchedule
+    schedule: ScheduleName | RateSchedule
     rates_by_hand: Mapping[str, float]
     sensitivity: Sensitivity | None
     running: Sequence[SavedAverage]
@@ -78,7 +78,7 @@ class SavedState:
         }
 
     @classmethod
-    def parsed(cls, state: Any, present: str | RateSchedule) -> SavedState:
+    def parsed(cls, state: Any, present: ScheduleName | RateSchedule) -> SavedState:
         """The state that :meth:`as_dict` returned, perhaps by way of a file.
 
         Args:

@@ -15,7 +15,7 @@ import torch
 from dropbp_fx.policy.branches import Branch, BranchTable, in_model
 from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw, frequencies
 from dropbp_fx.policy.presence import Presence, PresentBranches
-from dropbp_fx.policy.ramps import RateSchedule
+from dropbp_fx.policy.ramps import RateSchedule, ScheduleName
 from dropbp_fx.policy.ranks import Proposal, RankAgreement, in_words
 from dropbp_fx.policy.rates import Rates, check_attainable
 from dropbp_fx.policy.rounds import Forward, PerThread, Pinned, Repeated, Round
@@ -42,7 +42,6 @@ class Schedule:
         granularity: "branch" drops single branches; "layer" all branches of a layer together.
         seed: seeds the patterns.
         pattern: which branches are dropped together.
-        total_forwards: length of the run, if forwards are to advance its progress.
         reallocate_every: re-allocate rates by a running estimate of sensitivities, once in so many forwards.
         configuration: whatever else the ranks of a distributed run must have alike, in words.
     """
@@ -54,7 +53,6 @@ class Schedule:
         seed: int | None,
         *,
         pattern: Pattern | None = None,
-        total_forwards: int | None = None,
         reallocate_every: int | None = None,
         configuration: Mapping[str, str] | None = None,
     ) -> None:
@@ -65,7 +63,6 @@ class Schedule:
         self.forwards = 0
         self.rates = rates if isinstance(rates, Rates) else Rates(rates)
         self.pattern: Pattern = pattern or RandomPattern()
-        self._total_forwards = total_forwards
         self._reallocate_every = reallocate_every
         self._running = RunningSensitivity()
         self._progress_told = False
@@ -102,7 +99,7 @@ class Schedule:
         with self._lock:
             self._go_by(dataclasses.replace(self.rates, by_hand=by_hand))
 
-    def reschedule(self, schedule: str | RateSchedule) -> None:
+    def reschedule(self, schedule: ScheduleName | RateSchedule) -> None:
         """Let the rate depend on progress in another way from now on."""
         with self._lock:
             self._go_by(dataclasses.replace(self.rates, schedule=schedule))
@@ -427,7 +424,7 @@ class Schedule:
         if current is None or current.epoch != self._epoch:
             self._check_state_is_complete(model)
             self._rounds += 1
-            self._advance()
+            self._expect_progress()
             current = forward.round = Round(self._rounds, self._epoch, self._present.version)
             if self._agreed and self.ranks.needed:
                 self.ranks.compare(self._rounds, self._facts)
@@ -482,20 +479,12 @@ class Schedule:
             "branches": [[b.name, b.layer, b.trainable] for b in self.branches if b.droppable],
         }
 
-    def _advance(self) -> None:
-        """Let a new round move the schedule on, if forwards are what moves it."""
-        if self._total_forwards is not None:
-            progress = min(1.0, (self._rounds - 1) / max(1, self._total_forwards - 1))
-            rates = dataclasses.replace(self.rates, progress=progress)
-            if rates.schedule == "constant":
-                self.rates = rates
-            else:
-                self._go_by(rates)
-        elif self.rates.schedule != "constant" and not self._progress_told and self._rounds == _PROGRESS_EXPECTED_BY:
+    def _expect_progress(self) -> None:
+        """Warn once, where a schedule is never told of the run's progress."""
+        if self.rates.schedule != "constant" and not self._progress_told and self._rounds == _PROGRESS_EXPECTED_BY:
             warnings.warn(
                 f"The schedule {self.rates.schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
-                "backend.progress = step / total_steps in the training loop, or pass total_forwards=... to "
-                "dropbp_backend.",
+                "backend.progress = step / total_steps in the training loop.",
                 stacklevel=2,
             )
 
@@ -564,7 +553,7 @@ class Schedule:
     @contextlib.contextmanager
     def _undone_if_refused(self) -> Iterator[None]:
         """A draw that raises leaves everything as if it had not begun, but for what ranks have agreed on."""
-        rounds, seed, agreed, progress = self._rounds, self._seed, self._agreed, self.rates.progress
+        rounds, seed, agreed = self._rounds, self._seed, self._agreed
         forwards, latest = dict(self._thread.forwards), self._thread.latest
         try:
             yield
@@ -572,7 +561,6 @@ class Schedule:
             self._rounds, self._thread.forwards, self._thread.latest = rounds, forwards, latest
             if self._agreed == agreed:
                 self._seed = seed
-            self._go_by(dataclasses.replace(self.rates, progress=progress))
             raise
 
     def state_dict(self) -> dict[str, Any]:

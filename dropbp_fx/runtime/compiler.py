@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -14,7 +14,7 @@ from torch import fx
 from dropbp_fx import _torch
 from dropbp_fx.graph.prune import prune_cache_key, prune_pass
 
-InnerCompiler = str | tuple[_torch.Compiler, _torch.Compiler]
+InnerCompiler = Literal["inductor", "aot_eager"] | tuple[_torch.Compiler, _torch.Compiler]
 
 
 @dataclasses.dataclass
