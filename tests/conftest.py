@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.optim import optimizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,13 +15,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_backends_left_over() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _no_hooks_left_over() -> None:
     """A backend that nobody calls says so in other people's optimizer steps while it lives, be it only in a reference cycle,
     such as that of a caught error and its traceback.
     """
-    yield
-    gc.collect()
+    optimizer._global_optimizer_post_hooks.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -293,7 +293,7 @@ def test_without_registration_the_model_that_calls_the_layers_tells_them_apart()
     assert_exact_against(model, reference, backend, [[], [0], [1, 6], [2, 3, 4, 5]])
 
 
-def test_layers_that_no_module_calls_count_as_one_and_a_warning_says_so() -> None:
+def test_layers_that_no_module_calls_are_models_of_their_own() -> None:
     model = Model()
     reference = copy.deepcopy(model)
     backend = dropbp_backend(inner="aot_eager", seed=0)
@@ -307,10 +307,11 @@ def test_layers_that_no_module_calls_count_as_one_and_a_warning_says_so() -> Non
 
     patterns: list[frozenset[int]] = []
     backend.on_sample(lambda _indices, dropped: patterns.append(dropped))
-    with pytest.warns(UserWarning, match=r"One compiled graph serves several modules.*backend\.register\(model\)"):
-        actual = compiled(model, loss, run)
-    assert [branch.name for branch in backend.branches] == ["attention", "mlp"]
-    points = [POINTS[2 * i + number] for i, dropped in enumerate(patterns) for number in dropped]
+    actual = compiled(model, loss, run)
+    numbers = ["", *(f"@{number}" for number in range(2, len(POINTS) // 2 + 1))]
+    assert [branch.name for branch in backend.branches] == [f"{n}{k}" for k in numbers for n in ("attention", "mlp")]
+    assert [len(dropped) for dropped in patterns] == [1] * len(numbers)
+    points = [POINTS[index] for dropped in patterns for index in dropped]
     assert_equal(actual, eager(reference, loss, points))
 
 
