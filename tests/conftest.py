@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_backends_left_over() -> Iterator[None]:
+    """What watches for a backend does so while it lives, be it only in a reference cycle."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
