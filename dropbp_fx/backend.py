@@ -43,10 +43,9 @@ class DropBPBackend:
     holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
     """
 
-    def __init__(self, config: BackendConfig) -> None:
+    def __init__(self, config: BackendConfig, state: BackendState | None = None) -> None:
         self._config = config
-        self._state = BackendState.of(config)
-        self._state.shortfall.expect_a_call()
+        self._state = state or BackendState.of(config)
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -394,9 +393,7 @@ class DropBPBackend:
         return copy.copy(self)
 
     def __copy__(self) -> DropBPBackend:
-        twin = type(self)(self._config)
-        twin._state = self._state
-        return twin
+        return type(self)(self._config, self._state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._config, self.state_dict())
@@ -500,7 +497,7 @@ def dropbp(
         )
     if isinstance(named.get("policy"), Mapping):
         named["policy"] = DropPolicy.from_fields(named["policy"])
-    config = dropbp_backend(**named)._config  # checked before anything is looked up: as keys, False and 0 are equal
+    config = BackendConfig.checked(**named)  # checked before anything is looked up: as keys, False and 0 are equal
     backend = next((known for known in _named_backends if known._config == config), None)
     if backend is None:
         backend = DropBPBackend(config)

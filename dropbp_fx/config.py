@@ -30,14 +30,14 @@ class BackendConfig:
     @classmethod
     def checked(
         cls,
-        rate: float | None,
+        rate: float | None = None,
         *,
-        policy: PolicyName | DropPolicy,
-        activation_memory_budget: float | None,
-        inner: InnerCompiler,
-        options: Mapping[str, Any] | None,
-        seed: int | None,
-        strict: bool,
+        policy: PolicyName | DropPolicy = "dropbp",
+        inner: InnerCompiler = "inductor",
+        options: Mapping[str, Any] | None = None,
+        activation_memory_budget: float | None = None,
+        seed: int | None = None,
+        strict: bool = False,
     ) -> BackendConfig:
         """Build a configuration, refusing bad values; a ``rate`` takes the place of the policy's.
 

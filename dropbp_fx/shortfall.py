@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from dropbp_fx._torch import GraphBreak
 from dropbp_fx.graph.coverage import UnevenLayers
+from dropbp_fx.optimizer_steps import after_steps
 from dropbp_fx.policy.schedule import Schedule
 
 #: Training forwards after which the rate that can be reached is compared with the one that was asked for.
@@ -161,7 +162,7 @@ class _Steps:
 
     def __init__(self, shortfall: Shortfall) -> None:
         self._shortfall = weakref.ref(shortfall)
-        self._stop: Callable[[], Any] | None = None
+        self._hook: RemovableHandle | None = None
         self._resting = False
         self._uncalled: int | None = 0  # steps since the backend was made, None once it was called
         self._forwards = 0
@@ -169,26 +170,19 @@ class _Steps:
         self._count = 0
 
     def watch(self) -> None:
-        if self._stop is not None and not self._resting:
+        if self._hook is not None and not self._resting:
             return
         shortfall = self._shortfall()
         self._forwards = 0 if shortfall is None else shortfall.forwards
         if self._resting:
             self._resting = False
             return
-        reference = weakref.ref(self)
-
-        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            steps = reference()
-            if steps is not None and not torch.compiler.is_compiling():
-                steps._stepped(optimizer)
-
-        self._stop = weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+        self._hook = after_steps(self, _Steps._stepped)
 
     def _unwatch(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._stop, self._idle, self._count, self._resting = None, None, 0, False
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._idle, self._count, self._resting = None, None, 0, False
 
     def _rest(self, shortfall: Shortfall) -> None:
         """Look no longer. A hook cannot be removed while PyTorch goes through the hooks, so the next forward does that."""

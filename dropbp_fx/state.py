@@ -69,6 +69,7 @@ class BackendState:
         )
         listeners: list[Listener] = []
         shortfall = Shortfall(schedule, listeners, strict=config.strict)
+        shortfall.expect_a_call()
         return cls(
             schedule, CompileCounts(), {}, [], [], ModuleTree(), Models(), Observer(schedule), listeners, shortfall
         )

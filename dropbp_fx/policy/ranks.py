@@ -18,15 +18,14 @@ import json
 import math
 import re
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dropbp_fx import _torch
+from dropbp_fx.optimizer_steps import after_steps
 from dropbp_fx.policy.sensitivity import Sensitivity
 from dropbp_fx.policy.values import shown
 
@@ -219,15 +218,10 @@ class _Steps:
         if self._watching:
             return
         self._watching = True
-        reference = weakref.ref(self)
+        after_steps(self, _Steps._note)
 
-        def note(*_: Any) -> None:
-            steps = reference()
-            if steps is not None and not torch.compiler.is_compiling():
-                steps._stepped = True
-
-        handle = register_optimizer_step_post_hook(note)
-        weakref.finalize(self, handle.remove)
+    def _note(self, _: torch.optim.Optimizer) -> None:
+        self._stepped = True
 
     def count(self) -> None:
         self.taken += self._stepped
