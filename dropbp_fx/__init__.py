@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dropbp_fx._distributed.agreement import RankDisagreementError
 from dropbp_fx.backend import DropBPBackend, dropbp_backend
 from dropbp_fx.policy.allocation import allocate
+from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.drop_policy import DropPolicy
 from dropbp_fx.policy.patterns import (
@@ -17,10 +19,8 @@ from dropbp_fx.policy.patterns import (
     SuffixPattern,
     WindowPattern,
 )
-from dropbp_fx.policy.ramps import LateRamp, Ramp, Steps
-from dropbp_fx.policy.ranks import RankDisagreementError
-from dropbp_fx.policy.sampling import Unit
-from dropbp_fx.policy.sensitivity import Sensitivity
+from dropbp_fx.policy.schedules import LateRamp, Ramp, Steps
+from dropbp_fx.sensitivity.sensitivity import Sensitivity
 from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
 from dropbp_fx.summary import BackendStats
 

@@ -14,21 +14,21 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
+from dropbp_fx.captured import MetBranches
 from dropbp_fx.config import BackendConfig, checked_inductor_options
 from dropbp_fx.graph.grad_mode import start_without_gradients, switches_gradients_on
 from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch, checked_choice
 from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, checked_rate
-from dropbp_fx.policy.ramps import RateSchedule, ScheduleName, checked_progress, checked_schedule
 from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.rounds import checked_repeats
-from dropbp_fx.policy.sensitivity import Metric, Sensitivity, check_calibration
-from dropbp_fx.policy.values import shown, takes
-from dropbp_fx.runtime.calibration import calibrate
-from dropbp_fx.runtime.captured import MetBranches
+from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_progress, checked_schedule
 from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
+from dropbp_fx.sensitivity.calibration import calibrate
+from dropbp_fx.sensitivity.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.state import BackendState
 from dropbp_fx.summary import BackendStats, as_html, as_text
+from dropbp_fx.values import shown, takes
 
 _CALIBRATION = "backend.calibrate()"
 
@@ -102,7 +102,7 @@ class DropBPBackend:
     @property
     def branches(self) -> tuple[Branch, ...]:
         """The residual branches met so far, in execution order; empty before the first forward."""
-        return tuple(self._state.schedule.branches)
+        return tuple(self._state.sampler.branches)
 
     @property
     def rate(self) -> float:
@@ -111,11 +111,11 @@ class DropBPBackend:
         Raises:
             TypeError, ValueError: when set to something that is no rate.
         """
-        return self._state.schedule.rate
+        return self._state.sampler.rated.rate
 
     @rate.setter
     def rate(self, rate: float) -> None:
-        self._state.schedule.rate = checked_rate(rate)
+        self._state.sampler.rated.rate = checked_rate(rate)
 
     @property
     def rates(self) -> RateView:
@@ -128,8 +128,8 @@ class DropBPBackend:
             KeyError: the model has no such branch, or has not run yet.
             TypeError, ValueError: something that is no rate.
         """
-        schedule = self._state.schedule
-        return RateView(schedule.branches, lambda: schedule.rates.by_hand, schedule.set_by_hand, checked_rate)
+        rated = self._state.sampler.rated
+        return RateView(rated.table, lambda: rated.rates.by_hand, rated.set_by_hand, checked_rate)
 
     @rates.setter
     def rates(self, rates: Mapping[str, float]) -> None:
@@ -144,11 +144,11 @@ class DropBPBackend:
         Raises:
             TypeError, ValueError: when set to something that is no number in [0, 1].
         """
-        return self._state.schedule.progress
+        return self._state.sampler.rated.progress
 
     @progress.setter
     def progress(self, progress: float) -> None:
-        self._state.schedule.progress = checked_progress(progress)
+        self._state.sampler.rated.progress = checked_progress(progress)
 
     @property
     def schedule(self) -> ScheduleName | RateSchedule:
@@ -157,11 +157,11 @@ class DropBPBackend:
         Raises:
             TypeError, ValueError: when set to something that is no schedule.
         """
-        return self._state.schedule.rates.schedule
+        return self._state.sampler.rated.rates.schedule
 
     @schedule.setter
     def schedule(self, schedule: ScheduleName | RateSchedule) -> None:
-        self._state.schedule.reschedule(checked_schedule(schedule))
+        self._state.sampler.rated.reschedule(checked_schedule(schedule))
         self._note_schedule()
 
     def register(self, model: torch.nn.Module) -> None:
@@ -202,11 +202,11 @@ class DropBPBackend:
         """
         if isinstance(dropped, str) or not isinstance(dropped, Iterable):
             raise TypeError(f"pinned() takes a list of branches; for one branch pass [{shown(dropped)}].")
-        return self._state.schedule.override(checked_choice(dropped))
+        return self._state.sampler.pinned(checked_choice(dropped))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, compute exact full gradients."""
-        return self._state.schedule.override(())
+        return self._state.sampler.pinned(())
 
     def repeated(self, forwards: int = 1) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop what the last forward before it dropped, rescaled alike.
@@ -228,7 +228,7 @@ class DropBPBackend:
             TypeError, ValueError: ``forwards`` is no count of at least 1.
             RuntimeError: this thread has not run as many training forwards, or not since a state was loaded.
         """
-        return self._state.schedule.repeat(checked_repeats(forwards))
+        return self._state.sampler.repeated(checked_repeats(forwards))
 
     def on_sample(self, callback: Callable[[Sequence[int], frozenset[int]], object]) -> Callable[[], None]:
         """Call ``callback(indices, dropped)`` whenever a graph has been told what its next forward drops.
@@ -296,12 +296,12 @@ class DropBPBackend:
         if not isinstance(progress_bar, bool):
             raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
         samples: list[Sensitivity] = []
-        table, ranks = self._state.schedule.branches, self._state.schedule.ranks
+        table, ranks = self._state.sampler.branches, self._state.sampler.ranks
 
         def keep(found: Mapping[int, float]) -> None:
             values = tuple(found.get(branch.index, 0.0) for branch in table)
             samples.append(Sensitivity(tuple(branch.name for branch in table), values, metric, 1))
-            self._state.schedule.learn(ranks.mean(Sensitivity.mean(samples), _CALIBRATION))
+            self._state.sampler.rated.set_sensitivities(ranks.mean(Sensitivity.mean(samples), _CALIBRATION))
 
         try:
             calibrate(step, self._state.under, metric, int(batches), keep, progress_bar)
@@ -315,7 +315,7 @@ class DropBPBackend:
     @property
     def sensitivity(self) -> Sensitivity | None:
         """The branches' sensitivities that were measured or estimated last, ``None`` before that."""
-        return self._state.schedule.sensitivity
+        return self._state.sampler.rated.sensitivity
 
     @property
     def running_sensitivity(self) -> Sensitivity | None:
@@ -337,8 +337,7 @@ class DropBPBackend:
 
         JSON and ``torch.load(weights_only=True)`` hold it exactly. With ``reallocate_every`` it waits for the device.
         """
-        self._state.observer.settle()
-        return self._state.schedule.state_dict()
+        return self._state.observer.saved().as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Go on where ``state_dict()`` was taken, by this backend or another one of the same configuration.
@@ -356,13 +355,13 @@ class DropBPBackend:
             TypeError, ValueError: ``state`` is no state, or does not fit this backend or its model; then nothing has
                 changed. If the model has not run yet, its branches are compared as its graphs are compiled.
         """
-        self._state.schedule.load_state_dict(state, strict=strict)
-        self._state.observer.forget()
+        saved = self._state.sampler.load(state, strict=strict)
+        self._state.observer.go_on_from(saved)
         self._note_schedule()
 
     def _note_schedule(self) -> None:
         """The configuration is what a pickled backend, and one that is compared, are made of."""
-        schedule = self._state.schedule.rates.schedule
+        schedule = self._state.sampler.rated.rates.schedule
         if schedule is not self.policy.schedule:
             policy = dataclasses.replace(self.policy, schedule=schedule)
             self._config = dataclasses.replace(self._config, policy=policy)
@@ -387,7 +386,7 @@ class DropBPBackend:
         return hash((self.policy.rate, self.policy.granularity, self._config.seed, self._config.strict))
 
     def _is_used(self) -> bool:
-        return bool(self._state.counts.graphs or len(self._state.schedule.branches))
+        return bool(self._state.counts.graphs or len(self._state.sampler.branches))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DropBPBackend:
         return copy.copy(self)

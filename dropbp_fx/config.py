@@ -9,9 +9,8 @@ from typing import Any
 
 from dropbp_fx import _torch
 from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, resolve_policy
-from dropbp_fx.policy.ranks import in_words
-from dropbp_fx.policy.values import SEED_BITS, as_float, as_int, shown
 from dropbp_fx.runtime.compiler import InnerCompiler
+from dropbp_fx.values import SEED_BITS, as_float, as_int, in_words, shown
 
 _INNER_NAMES = ("inductor", "aot_eager")
 

@@ -1,19 +1,30 @@
 """What PyTorch's engines for several processes need beside the backend."""
 
-# No postponed annotations here: DistributedDataParallel looks at those of a hook.
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
-from dropbp_fx import _torch
+from dropbp_fx._distributed.agreement import RankDisagreementError, checked_group
+from dropbp_fx._distributed.ddp import all_reduce_present
+from dropbp_fx._distributed.sharded import (
+    clip_grad_norm_,
+    gathered_parameters,
+    parameter_groups,
+    skip_unneeded_gathers,
+)
 from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.policy.ranks import checked_group
-from dropbp_fx.policy.values import LARGEST_COUNT, as_float, as_int, shown
+from dropbp_fx.values import LARGEST_COUNT, as_float, as_int, shown
+
+__all__ = [
+    "RankDisagreementError",
+    "agree_across",
+    "all_reduce_present",
+    "check_ranks",
+    "clip_grad_norm_",
+    "gathered_parameters",
+    "parameter_groups",
+    "skip_unneeded_gathers",
+]
 
 
 def agree_across(
@@ -22,7 +33,7 @@ def agree_across(
     """In a distributed run: say which ranks must drop alike, and how they make sure of it.
 
     The ranks of the default process group agree without being told, once ``torch.distributed`` is initialised. Before
-    the first draw, when the model shows new branches and after ``load_state_dict()`` they wait for one another, compare
+    the first pattern, when the model shows new branches and after ``load_state_dict()`` they wait for one another, compare
     all that decides patterns, and take the first rank's seed (where none was given) and FLOPs. After that, they
     compare digests once in ``every`` forwards, without waiting; a difference is an error on all ranks at the same step.
 
@@ -37,13 +48,13 @@ def agree_across(
         TypeError, ValueError: ``backend`` is none, ``every`` is no count, ``timeout_s`` no positive number, or ``group`` no
             process group that this rank is in.
     """
-    schedule = _checked_backend(backend)._state.schedule
+    sampler = _checked_backend(backend)._state.sampler
     number, seconds = as_int(every), as_float(timeout_s)
     if number is None:
         raise TypeError(f"every must be a whole number of forwards, not {shown(every)}.")
     if number < 0:
         raise ValueError(
-            f"every must be at least 0, not {shown(every)}; 0 compares nothing between the first draw and the last."
+            f"every must be at least 0, not {shown(every)}; 0 compares nothing between the first pattern and the last."
         )
     if number > LARGEST_COUNT:
         raise ValueError(f"every must be less than 2**63, not {shown(every)}.")
@@ -54,7 +65,7 @@ def agree_across(
             f"timeout_s must be above 0 seconds, and finite, not {shown(timeout_s)}: a rank that does not come would "
             "let the others wait forever."
         )
-    schedule.agree_across(checked_group(group), every=number, timeout_s=seconds)
+    sampler.agree_across(checked_group(group), every=number, timeout_s=seconds)
 
 
 def check_ranks(backend: DropBPBackend) -> None:
@@ -64,244 +75,10 @@ def check_ranks(backend: DropBPBackend) -> None:
         TypeError: ``backend`` is none.
         RankDisagreementError: on every rank, if they differ or one of them did not come.
     """
-    _checked_backend(backend)._state.schedule.check_ranks()
+    _checked_backend(backend)._state.sampler.check_ranks()
 
 
 def _checked_backend(backend: DropBPBackend) -> DropBPBackend:
     if not isinstance(backend, DropBPBackend):
         raise TypeError(f"backend must be what dropbp_backend() returns, not {shown(backend)}.")
     return backend
-
-
-def all_reduce_present(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook for DistributedDataParallel that leaves out the gradients of dropped branches.
-
-    Without it DDP sends zeros in their place. Gradients, and which of them are ``None``, are the same with and without it.
-    It takes it, as ``fully_shard`` does, that a gradient which is missing on one rank is missing on all of them: ranks
-    agree on what they drop, but a model that leaves out parameters depending on its data cannot use it.
-
-    Usage::
-
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
-        ddp.register_comm_hook(None, all_reduce_present)
-
-    Args:
-        group: the process group, ``None`` for the default one; the state that ``register_comm_hook`` takes.
-        bucket: DDP's; its flat buffer, of any device and floating-point type, is averaged in place where gradients exist.
-
-    Returns:
-        A future of the buffer.
-    """
-    buffer, size = bucket.buffer(), dist.get_world_size(group)
-    runs = _present_runs(bucket, buffer)
-    sent = [dist.all_reduce(run.div_(size), group=group, async_op=True).get_future() for run in runs]
-    if not sent:
-        nothing: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=None if buffer.device.type == "cpu" else [buffer.device]
-        )
-        nothing.set_result(buffer)
-        return nothing
-
-    def averaged(_: object) -> Tensor:
-        for earlier in sent[:-1]:  # on a GPU this lets the present stream wait, and not the host
-            earlier.wait()
-        return buffer
-
-    # Not collect_all(): what that returns belongs to no device, and may not hold a tensor of one.
-    finished: torch.futures.Future[Tensor] = sent[-1].then(averaged)
-    return finished
-
-
-@contextlib.contextmanager
-def gathered_parameters(model: nn.Module, *, reshard_after_forward: bool = True) -> Iterator[None]:
-    """Keep what ``fully_shard`` gathers in a forward, for :meth:`~dropbp_fx.DropBPBackend.calibrate`.
-
-    Afterwards the model is sharded, and reshards after a forward as by default: all but the outermost module.
-
-    Args:
-        model: sharded by ``fully_shard``, whole or in parts; its parameters must fit whole.
-        reshard_after_forward: what the model was sharded with.
-    """
-    parts = _sharded_parts(model)
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.set_reshard_after_backward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)
-            part.set_reshard_after_backward(True, recurse=False)
-
-
-def skip_unneeded_gathers(model: nn.Module) -> None:
-    """Let ``fully_shard`` gather parameters for the backward only where the backward reads them.
-
-    FSDP2 frees a layer's parameters after its forward and gathers them again for its backward, whatever that does. The
-    backward of a layer all of whose branches are dropped reads none of them. Whether a forward's graph refers to a group's
-    parameters is looked up after each forward, so this takes nothing for granted about models or patterns; gradients,
-    and which of them are ``None``, are the same with and without it.
-
-    Usage::
-
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        skip_unneeded_gathers(model)
-
-    What it cannot see is an activation checkpoint in eager code *inside* of a layer whose parameters are frozen: its
-    recomputation then meets sharded parameters, which is an error. Checkpoints around whole layers, and those inside of
-    compiled code, are fine.
-
-    Args:
-        model: sharded by ``fully_shard``, whole or in parts. Calling this twice does nothing more.
-
-    Raises:
-        ValueError: no part of the model is sharded by ``fully_shard``.
-    """
-    parts = _sharded_parts(model)
-    if not parts:
-        raise ValueError(
-            f"No part of this {type(model).__name__} is sharded by fully_shard, so there are no gathers to skip. Call "
-            "skip_unneeded_gathers(model) after fully_shard."
-        )
-    for part in parts:
-        _torch.leave_out_unneeded_gathers(part)
-
-
-def _sharded_parts(model: nn.Module) -> list[Any]:
-    """The modules that ``fully_shard`` took, each an ``FSDPModule``."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return [part for part in model.modules() if isinstance(part, FSDPModule)]
-
-
-def parameter_groups(model: nn.Module, layers: Iterable[nn.Module]) -> list[dict[str, list[nn.Parameter]]]:
-    """Groups for an optimizer, one a layer and one of all other parameters, for models under ``fully_shard``.
-
-    ``fully_shard`` makes parameters DTensors, and PyTorch's foreach and fused optimizers step through the gradients of a
-    group in one call. DTensor works out on the host how such a call runs on shards, once for every list of shapes. Which
-    gradients exist depends on what was dropped, so with all parameters in one group nearly every step brings a list that is
-    new; within a layer there are but a few. The steps are the same either way.
-
-    Usage::
-
-        optimizer = torch.optim.AdamW(parameter_groups(model, model.layers), lr=1e-5, fused=True)
-
-    Args:
-        model: after ``fully_shard``, which replaces parameters.
-        layers: modules of the model, those that hold branches. Layers that repeat have the same few lists among them.
-
-    Returns:
-        Parameters that require gradients, each in one group: that of the first layer that has it, in the order of
-        ``layers``, else the last. Groups that would be empty are left out.
-
-    Raises:
-        ValueError: a layer is no part of the model.
-    """
-    parts = set(model.modules())
-    left = {parameter: None for parameter in model.parameters() if parameter.requires_grad}  # ordered
-    groups = []
-    for number, layer in enumerate(layers):
-        if layer not in parts:
-            raise ValueError(
-                f"Layer {number}, a {type(layer).__name__}, is no part of the model, so an optimizer would train "
-                "parameters that the model does not use. Give modules of the model, such as model.layers."
-            )
-        groups.append([parameter for parameter in layer.parameters() if parameter in left])
-        for parameter in groups[-1]:
-            del left[parameter]
-    return [{"params": group} for group in [*groups, list(left)] if group]
-
-
-@torch.no_grad()
-def clip_grad_norm_(groups: Iterable[Mapping[str, Any]], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """Scale gradients down together so that the norm of all of them is at most ``max_norm``, a group at a time.
-
-    The result is that of ``torch.nn.utils.clip_grad_norm_`` over the parameters of all groups, which computes the norms of
-    all gradients in one call and scales them in another. Under ``fully_shard`` DTensor then works out anew how to run these
-    calls for nearly every pattern of dropped branches, as :func:`parameter_groups` says of optimizers. Here the calls are
-    one a group, and what is sent is one number for all groups together.
-
-    Usage::
-
-        clip_grad_norm_(optimizer.param_groups, 1.0)
-
-    Args:
-        groups: as in ``optimizer.param_groups``, under "params" their parameters, of any devices, floating-point types
-            and shardings. Gradients that are ``None`` stay so and count as nothing.
-        max_norm: the bound, at least 0.
-        norm_type: the order of the norm, above 0; ``math.inf`` for the largest absolute value.
-
-    Returns:
-        The norm before scaling, a tensor without dimensions on the first gradient's device; the same on all ranks, and
-        never a DTensor. A 0 on the CPU where there are no gradients at all.
-
-    Raises:
-        TypeError: something other than groups.
-        ValueError: a bound or an order that is none.
-    """
-    if not max_norm >= 0:
-        raise ValueError(
-            f"max_norm is {max_norm}, but a norm is at least 0. Give the largest norm that gradients may have."
-        )
-    if not norm_type > 0:
-        raise ValueError(f"norm_type is {norm_type}, but the order must be above 0. Give 2.0, or math.inf, say.")
-    present = [[parameter for parameter in _parameters(group) if parameter.grad is not None] for group in groups]
-    total = _norm_of_norms([norm for part in present for norm in _norms(part, norm_type)], norm_type)
-    for part in present:
-        clip_grads_with_norm_(part, max_norm, total)
-    return total
-
-
-def _parameters(group: Mapping[str, Any]) -> list[Tensor]:
-    if not isinstance(group, Mapping) or "params" not in group:
-        raise TypeError(
-            f"clip_grad_norm_() takes groups of parameters, and was given a {type(group).__name__} as one. Give "
-            'optimizer.param_groups, or what parameter_groups() returns: mappings with parameters under "params".'
-        )
-    parameters = group["params"]
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _norms(parameters: list[Tensor], norm_type: float) -> Iterable[Tensor]:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return _torch.norms(gradients, norm_type) if gradients else []
-
-
-def _norm_of_norms(norms: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of all, reduced over ranks once for each way of sharding."""
-    from torch.distributed.tensor import DTensor
-
-    if not norms:
-        return torch.tensor(0.0)
-    alike: dict[Any, list[Tensor]] = {}
-    for norm in norms:
-        key = (norm.device_mesh, norm.placements) if isinstance(norm, DTensor) else None
-        alike.setdefault(key, []).append(norm.to_local() if isinstance(norm, DTensor) else norm)
-    whole: list[Tensor] = []
-    for key, local in alike.items():
-        norm = _norm_of_numbers(local, norm_type)
-        whole.append(norm if key is None else DTensor.from_local(norm, *key, run_check=False).full_tensor())
-    return whole[0] if len(whole) == 1 else _norm_of_numbers(whole, norm_type)
-
-
-def _norm_of_numbers(numbers: list[Tensor], norm_type: float) -> Tensor:
-    device = numbers[0].device
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([number.to(device) for number in numbers]), norm_type)
-    return norm
-
-
-def _present_runs(bucket: dist.GradBucket, buffer: Tensor) -> list[Tensor]:
-    """The stretches of the buffer that hold gradients; neighbours are one stretch."""
-    runs: list[tuple[int, int]] = []
-    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        if parameter.grad is None:
-            continue
-        start = int(gradient.storage_offset() - buffer.storage_offset())
-        end = start + gradient.numel()
-        if runs and runs[-1][1] == start:
-            start = runs.pop()[0]
-        runs.append((start, end))
-    return [buffer[start:end] for start, end in runs]

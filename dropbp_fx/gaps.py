@@ -54,7 +54,7 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
         uneven += _beside_others(state, layer)
     if uneven:
         shortfall.report("layers", uneven_text(uneven), error=ValueError, quiet=quiet)
-    if search.branches or len(state.schedule.branches) or not works:
+    if search.branches or len(state.sampler.branches) or not works:
         return []
     if shortfall.breaks:  # other pieces of the model may have some
         return references(_torch.given_value(node) for node in inputs if _requires_grad(node))
@@ -69,10 +69,10 @@ def references(values: Iterable[Any]) -> Parameters:
 
 def _beside_others(state: BackendState, layer: torch.nn.Module) -> tuple[UnevenLayers, ...]:
     """A layer that is compiled by itself and holds no branch, beside others that hold some."""
-    if not (len(state.schedule.branches) and state.modules.knows(layer)):
+    if not (len(state.sampler.branches) and state.modules.knows(layer)):
         return ()
     path = state.modules.path_of(layer)
-    return (UnevenLayers(state.schedule.branches[0].layer, ((path, type(layer).__name__),)),) if path else ()
+    return (UnevenLayers(state.sampler.branches[0].layer, ((path, type(layer).__name__),)),) if path else ()
 
 
 def _requires_grad(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
+from dropbp_fx.captured import CapturedGraph, MetBranches
 from dropbp_fx.config import BackendConfig
 from dropbp_fx.gaps import report_gaps
 from dropbp_fx.graph.branches import find_branches
@@ -25,15 +26,14 @@ from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.meeting import enter, meet, parameters_of
 from dropbp_fx.runtime import artifacts
-from dropbp_fx.runtime.captured import CapturedGraph, MetBranches
 from dropbp_fx.runtime.compiler import Compiler
-from dropbp_fx.runtime.dispatch import Policy, RegionRunner
-from dropbp_fx.runtime.instances import Instances
+from dropbp_fx.runtime.dispatch import PatternSource, RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
+from dropbp_fx.runtime.per_module import PerModule
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.runtime.whole import WholeRunner
 from dropbp_fx.shortfall import NoResidualBranchWarning
-from dropbp_fx.state import BackendState, GraphPolicy
+from dropbp_fx.state import BackendState, GraphPatterns
 
 log = logging.getLogger("dropbp_fx")
 
@@ -115,19 +115,19 @@ class Lowering:
                     leading.add(met.droppable[k])
         found = met.with_trainable(leading)
         if found.training:
-            self.state.schedule.present(found.presence, in_part=True)  # until its forward
+            self.state.sampler.present(found.presence, in_part=True)  # until its forward
         if found is met:
             return graph
         whole = dataclasses.replace(graph, met=found)
         whole.__dict__["planner"] = graph.planner
         return whole
 
-    def _enter(self, graph: CapturedGraph, parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
+    def _enter(self, graph: CapturedGraph, parameters: Sequence[Tensor], arguments: Sequence[Any]) -> PatternSource:
         """The policy for the module of these parameters, one that ``graph`` serves."""
         met, state = graph.met, self.state
         own = enter(state, met, parameters)
         if own is None:
-            return GraphPolicy(state, graph.indices, graph.below, met.presence)
+            return GraphPatterns(state, graph.indices, graph.below, met.presence)
         index_of = {branch.index: mine.index for branch, mine in zip(met.branches, own, strict=True)}
         twin = dataclasses.replace(
             graph,
@@ -137,7 +137,7 @@ class Lowering:
         twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
         if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
             state.graphs.append(twin)
-        return GraphPolicy(state, twin.indices, twin.below, met.presence_of(own, arguments))
+        return GraphPatterns(state, twin.indices, twin.below, met.presence_of(own, arguments))
 
     def whole(self, gm: fx.GraphModule, inputs: Sequence[Any], met: MetBranches) -> Callable[..., Any]:
         """Code of a graph in which nothing can be dropped. If it is a training graph, its forwards count."""
@@ -150,13 +150,13 @@ class Lowering:
             return run
         below = self.config.policy.drop == "below"
 
-        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> Policy:
+        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> PatternSource:
             own = enter(self.state, met, parameters)
             presence = met.presence if own is None else met.presence_of(own, arguments)
-            return GraphPolicy(self.state, (), below, presence)
+            return GraphPatterns(self.state, (), below, presence)
 
-        first: Policy = GraphPolicy(self.state, (), below, met.presence)
-        return WholeRunner(run, Instances(met.anchors, first, enter_module))
+        first: PatternSource = GraphPatterns(self.state, (), below, met.presence)
+        return WholeRunner(run, PerModule(met.identifying, first, enter_module))
 
     def _report_unsupported(self, reason: str) -> None:
         message = (
@@ -201,23 +201,23 @@ class Lowering:
         return tuple(variants)
 
     def runner(self, graph: CapturedGraph) -> RegionRunner:
-        schedule = self.state.schedule
+        sampler = self.state.sampler
         graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
         for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
                 index = graph.indices[branch]
                 trainable = index in graph.met.presence.trainable
-                schedule.weigh(index, variant.saved_flops(label), trainable=trainable)
-        schedule.assign()
-        policies: Instances[Policy] = Instances(
-            graph.met.anchors,
-            GraphPolicy(self.state, graph.indices, graph.below, graph.met.presence),
+                sampler.rated.record_flops(index, variant.saved_flops(label), trainable=trainable)
+        sampler.rated.assign()
+        sources: PerModule[PatternSource] = PerModule(
+            graph.met.identifying,
+            GraphPatterns(self.state, graph.indices, graph.below, graph.met.presence),
             functools.partial(self._enter, graph),
         )
-        runner = RegionRunner(graph, policies)
+        runner = RegionRunner(graph.planner, sources, below=graph.below)
         self.state.runners.append(runner)
         if self.state.step_watch is None:
-            self.state.step_watch = CompiledStepWatch(lambda: bool(schedule.realised_rate()))
+            self.state.step_watch = CompiledStepWatch(lambda: bool(sampler.branches.realised_rate()))
         self.state.shortfall.watch_first_forwards()
         self.state.graphs.append(graph)
         if graph.program.has_symbols:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
+from dropbp_fx.captured import MetBranches
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
@@ -17,8 +18,7 @@ from dropbp_fx.graph.owners import running_owner
 from dropbp_fx.graph.values import example_value
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
-from dropbp_fx.runtime.captured import MetBranches
-from dropbp_fx.runtime.instances import Anchors
+from dropbp_fx.runtime.per_module import IdentifyingParameters
 from dropbp_fx.shortfall import sharing_text
 from dropbp_fx.state import BackendState
 
@@ -61,7 +61,7 @@ def meet(
             idle += [value for node in nodes if node in owners and _is_trained(value := owners[node].value)]
         if modules:
             _report_namesake(state, full, modules[0])
-        entry = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
+        entry = state.sampler.add_branch(full, layer, trainable=trains, droppable=drops)
         met.append(entry)
         if drops:
             droppable.append(position)
@@ -86,7 +86,7 @@ def meet(
         branches=tuple(met),
         names=names,
         droppable=tuple(droppable),
-        anchors=_anchors(placeholders, owners, home),
+        identifying=_identifying(placeholders, owners, home),
         prefix=prefixes[home] if home is not None else "",
         model=model,
         presence=presence,
@@ -120,22 +120,22 @@ def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -
     for branch, name in zip(met.branches, met.names, strict=True):
         full, layer = _in_table(name, prefix, model)
         trains, drops = branch.index in met.presence.trainable, branch.index in met.presence.droppable
-        mine = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
-        flops = state.schedule.flops_of(branch.index, trainable=trains)
-        state.schedule.weigh(mine.index, flops, trainable=trains)
+        mine = state.sampler.add_branch(full, layer, trainable=trains, droppable=drops)
+        flops = state.sampler.rated.flops.of(branch.index, trainable=trains)
+        state.sampler.rated.record_flops(mine.index, flops, trainable=trains)
         own.append(mine)
         log.info("residual branch %s in layer %s (code of %s)", full, layer, branch.name)
-    state.schedule.assign()
+    state.sampler.rated.assign()
     return own
 
 
 def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> tuple[str, int] | None:
     """Where in its model the module of these parameters is, and the model's number; ``None`` if that cannot be told."""
-    known = state.modules.place_of(parameters, met.anchors.names)
+    known = state.modules.place_of(parameters, met.identifying.names)
     if known is not None:
         root, prefix = known
         return prefix, _model_of(state, [root])
-    module = running_owner(parameters, met.anchors.names)
+    module = running_owner(parameters, met.identifying.names)
     if module is not None:
         module = _torch.original_module(module)
         model = _model_of(state, [module])
@@ -150,7 +150,7 @@ def _model_of(state: BackendState, roots: Sequence[nn.Module]) -> int:
     around = [module for root in roots for module in state.modules.roots_around(root)]
     number, replaces = state.models.number_of(list(dict.fromkeys(around)))
     if replaces:
-        state.schedule.forget(number)
+        state.sampler.forget(number)
     return number
 
 
@@ -177,7 +177,7 @@ def _report_namesake(state: BackendState, name: str, root: nn.Module) -> None:
     )
 
 
-def _anchors(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | None) -> Anchors:
+def _identifying(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | None) -> IdentifyingParameters:
     """The first and the last argument that is a parameter of the module ``home``."""
     named = [
         (position, name_of)
@@ -185,8 +185,8 @@ def _anchors(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | 
         if node in owners and home is not None and owners[node].module is home
         if (name_of := parameter_name(home, owners[node].value)) is not None
     ]
-    anchors = named[:: max(len(named) - 1, 1)][:2]
-    return Anchors(tuple(position for position, _ in anchors), tuple(name for _, name in anchors))
+    ends = named[:: max(len(named) - 1, 1)][:2]
+    return IdentifyingParameters(tuple(position for position, _ in ends), tuple(name for _, name in ends))
 
 
 def _owned_parameters(owners: Owners, inputs: Sequence[fx.Node]) -> list[fx.Node]:

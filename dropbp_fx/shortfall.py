@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp_fx._torch import GraphBreak
 from dropbp_fx.graph.coverage import UnevenLayers
 from dropbp_fx.optimizer_steps import after_steps
-from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.sampler import PatternSampler
 
 #: Training forwards after which the rate that can be reached is compared with the one that was asked for.
 FORWARDS = 20
@@ -47,7 +47,7 @@ class Shortfall:
     """What keeps one backend from dropping as much as it was asked to.
 
     Args:
-        schedule: the backend's.
+        sampler: the backend's.
         listeners: are called with what each forward of a graph drops.
         strict: raise instead of warning.
 
@@ -55,9 +55,9 @@ class Shortfall:
         breaks: the graph breaks met so far, in order.
     """
 
-    def __init__(self, schedule: Schedule, listeners: list[Listener], *, strict: bool) -> None:
+    def __init__(self, sampler: PatternSampler, listeners: list[Listener], *, strict: bool) -> None:
         self.breaks: dict[GraphBreak, None] = {}
-        self._schedule = schedule
+        self._sampler = sampler
         self._listeners = listeners
         self._strict = strict
         self._texts: dict[str, str] = {}
@@ -101,20 +101,20 @@ class Shortfall:
         self._listening = True
 
         def listen(_indices: Sequence[int], _dropped: frozenset[int]) -> None:
-            if self._schedule.forwards >= FORWARDS:
+            if self._sampler.forwards >= FORWARDS:
                 self._listeners.remove(listen)
                 self._compare_rates()
 
         self._listeners.append(listen)
 
     def _compare_rates(self) -> None:
-        droppable = [branch for branch in self._schedule.branches if branch.droppable]
+        droppable = [branch for branch in self._sampler.branches if branch.droppable]
         if not droppable or "sharing" in self._texts:
             return
         asked = math.fsum(branch.rate for branch in droppable) / len(droppable)
-        attainable = self._schedule.attainable_rate()
+        attainable = self._sampler.rated.attainable_rate()
         if attainable < _CLOSE * asked:
-            self.report("rate", _rate_text(self._schedule, len(droppable), asked, attainable))
+            self.report("rate", _rate_text(self._sampler, len(droppable), asked, attainable))
 
     # ---- what optimizer steps show ---------------------------------------------------------------------------------
 
@@ -149,12 +149,12 @@ class Shortfall:
     @property
     def forwards(self) -> int:
         """Training forwards so far."""
-        return self._schedule.forwards
+        return self._sampler.forwards
 
     @property
     def asks(self) -> bool:
         """Whether anything is to be dropped at all."""
-        return self._schedule.rate > 0
+        return self._sampler.rated.rate > 0
 
 
 class _Steps:
@@ -212,7 +212,7 @@ class _Steps:
             self._uncalled += 1
             if self._uncalled == STEPS_UNCALLED:
                 self._rest(shortfall)
-                shortfall.report("uncalled", _uncalled_text(shortfall._schedule.rate))
+                shortfall.report("uncalled", _uncalled_text(shortfall._sampler.rated.rate))
             return
         if shortfall.forwards != self._forwards:  # the graph only ran beside training: an evaluation, a saliency map
             self._rest(shortfall)
@@ -321,16 +321,16 @@ def _uncalled_text(rate: float) -> str:
     )
 
 
-def _rate_text(schedule: Schedule, count: int, asked: float, attainable: float) -> str:
-    trainable = sum(branch.trainable for branch in schedule.branches if branch.droppable)
-    models = len(schedule.branches.models)
+def _rate_text(sampler: PatternSampler, count: int, asked: float, attainable: float) -> str:
+    trainable = sum(branch.trainable for branch in sampler.branches if branch.droppable)
+    models = len(sampler.branches.models)
     apart = (
         f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, call "
         "backend.register(model) before its first forward."
         if models > 1
         else ""
     )
-    unit = "layers, each dropped as a whole" if schedule.granularity == "layer" else "branches"
+    unit = "layers, each dropped as a whole" if sampler.rated.granularity == "layer" else "branches"
     return (
         f"The rate asked for is {asked:.3g}, but in the long run the pattern drops {attainable:.3g} of the branches. "
         f"{count} of them can be dropped, {trainable} have something to train ({unit}), and one that has is always kept."

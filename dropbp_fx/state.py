@@ -11,20 +11,21 @@ from collections.abc import Hashable, Iterator
 from torch import nn
 
 from dropbp_fx import _torch
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.config import BackendConfig
 from dropbp_fx.graph.naming import ModuleTree
 from dropbp_fx.graph.owners import Models
 from dropbp_fx.policy.presence import Presence
 from dropbp_fx.policy.rates import Rates
-from dropbp_fx.policy.schedule import Schedule
-from dropbp_fx.runtime.calibration import Calibration
-from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.policy.sampler import PatternSampler
 from dropbp_fx.runtime.compiler import CompileCounts
 from dropbp_fx.runtime.dispatch import RegionRunner
-from dropbp_fx.runtime.observation import Observation, Observer
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
-from dropbp_fx.runtime.recompute import Drawn
+from dropbp_fx.runtime.recompute import SampledPattern
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.sensitivity.calibration import Calibration
+from dropbp_fx.sensitivity.observation import Observation
+from dropbp_fx.sensitivity.observer import Observer
 from dropbp_fx.shortfall import Listener, Shortfall
 
 
@@ -32,7 +33,7 @@ from dropbp_fx.shortfall import Listener, Shortfall
 class BackendState:
     """What a backend and its deep copies share: its policy and the code it has compiled."""
 
-    schedule: Schedule
+    sampler: PatternSampler
     counts: CompileCounts
     variants: dict[Hashable, RegionVariants]
     runners: list[RegionRunner]
@@ -53,7 +54,7 @@ class BackendState:
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:
         policy = config.policy
-        schedule = Schedule(
+        sampler = PatternSampler(
             Rates(
                 policy.rate,
                 allocation=policy.allocation,
@@ -64,14 +65,22 @@ class BackendState:
             policy.granularity,
             config.seed,
             pattern=policy.draws,
-            reallocate_every=policy.reallocate_every,
             configuration=config.described(),
         )
         listeners: list[Listener] = []
-        shortfall = Shortfall(schedule, listeners, strict=config.strict)
+        shortfall = Shortfall(sampler, listeners, strict=config.strict)
         shortfall.expect_a_call()
         return cls(
-            schedule, CompileCounts(), {}, [], [], ModuleTree(), Models(), Observer(schedule), listeners, shortfall
+            sampler,
+            CompileCounts(),
+            {},
+            [],
+            [],
+            ModuleTree(),
+            Models(),
+            Observer(sampler, policy.reallocate_every),
+            listeners,
+            shortfall,
         )
 
     @contextlib.contextmanager
@@ -86,7 +95,7 @@ class BackendState:
 
 
 @dataclasses.dataclass(frozen=True)
-class GraphPolicy:
+class GraphPatterns:
     """What the policy says to one graph, whose droppable branches have the ``indices`` in the backend's table, and what the
     graph says to the policy: its ``presence``.
 
@@ -98,18 +107,18 @@ class GraphPolicy:
     below: bool
     presence: Presence
 
-    def draw(self) -> Drawn:
+    def sample(self) -> SampledPattern:
         self.state.observer.reallocate_if_due()
-        schedule = self.state.schedule
-        dropped = schedule.draw(self.indices, self.presence, self._check_ddp)
+        sampler = self.state.sampler
+        dropped = sampler.sample(self.indices, self.presence, self._check_ddp)
         for listen in reversed(self.state.listeners):  # one of them may take itself away
             listen(self.indices, dropped)
         local = frozenset(number for number, index in enumerate(self.indices) if index in dropped)
-        below = self.below and 0 in local and schedule.drops_all_before(self.indices[0])
-        return Drawn(local, below, schedule.scales(self.indices))
+        below = self.below and 0 in local and sampler.drops_all_before(self.indices[0])
+        return SampledPattern(local, below, sampler.scales(self.indices))
 
     def _check_ddp(self, dropped: frozenset[int]) -> None:
-        branches = self.state.schedule.branches
+        branches = self.state.sampler.branches
         if any(branches[index].trainable for index in dropped) and _torch.ddp_waits_for_every_gradient():
             raise RuntimeError(
                 "DistributedDataParallel waits for the gradient of every parameter, but those of a dropped branch have "
@@ -126,5 +135,5 @@ class GraphPolicy:
         mine = threading.get_ident() == self.state.calibrating_thread or _torch.in_backward()
         if self.state.calibration is None or not mine:
             return None
-        self.state.schedule.present(self.presence)  # what is measured is what can be dropped now
+        self.state.sampler.present(self.presence)  # what is measured is what can be dropped now
         return self.state.calibration

@@ -40,12 +40,12 @@ class BackendStats:
     @classmethod
     def of(cls, state: BackendState) -> BackendStats:
         """The figures of one backend."""
-        schedule, counts = state.schedule, state.counts
+        sampler, counts = state.sampler, state.counts
         return cls(
-            forwards=schedule.forwards,
-            realised_rate=schedule.realised_rate(),
-            realised_flops_rate=schedule.realised_flops_rate(),
-            attainable_rate=schedule.attainable_rate(),
+            forwards=sampler.forwards,
+            realised_rate=sampler.branches.realised_rate(),
+            realised_flops_rate=sampler.branches.realised_flops_rate(),
+            attainable_rate=sampler.rated.attainable_rate(),
             graphs=counts.graphs,
             unique_regions=counts.regions,
             compiled_variants=counts.variants,
@@ -72,18 +72,18 @@ def as_html(config: BackendConfig, state: BackendState) -> str:
 
 def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
     # Nothing here waits for a device or calls a function of the user's: debuggers show objects at any time.
-    schedule, counts = state.schedule, state.counts
-    branches = tuple(schedule.branches)
+    sampler, counts = state.sampler, state.counts
+    branches = tuple(sampler.branches)
     droppable = sum(branch.droppable for branch in branches)
     return {
         "policy": _policy(config.policy),
-        "rate": f"{schedule.rate:g} asked for, "
+        "rate": f"{sampler.rated.rate:g} asked for, "
         + (
-            f"{schedule.realised_rate():.3g} realised in {_counted(schedule.forwards, 'training forward')}"
-            if schedule.forwards
+            f"{sampler.branches.realised_rate():.3g} realised in {_counted(sampler.forwards, 'training forward')}"
+            if sampler.forwards
             else "no training forward yet"
         ),
-        "progress": f"{schedule.progress:g}",
+        "progress": f"{sampler.rated.progress:g}",
         "branches": f"{len(branches)}, {droppable} of them droppable" if branches else "none before the first forward",
         "variants": f"{counts.variants} compiled in {counts.seconds:.1f} seconds, of "
         f"{_counted(counts.regions, 'region')} in {_counted(counts.graphs, 'graph')}",

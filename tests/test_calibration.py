@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dropbp_fx import DropBPBackend, Sensitivity, dropbp_backend
-from dropbp_fx.runtime.calibration import Calibration
+from dropbp_fx.sensitivity.calibration import Calibration
 from tests.flops import FlopCounter
 from tests.helpers import compile_model
 from tests.oracle import DetachPoint, eager

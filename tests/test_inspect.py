@@ -21,7 +21,7 @@ import dropbp_fx
 from benchmarks import predictions
 from dropbp_fx import dropbp_backend, explain
 from dropbp_fx.inspect import Explanation, tables
-from dropbp_fx.policy.sampling import Unit
+from dropbp_fx.policy.balanced import Unit
 from tests.helpers import make_backend
 from tests.matrix import family
 from tests.test_models import CASES, IDS, SMALL, ResidualMLP, X, language_loss, square_loss

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
     LowestPattern,
@@ -33,7 +34,6 @@ from dropbp_fx.policy.patterns import (
     frequencies,
     resolve_pattern,
 )
-from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
 
 P_VALUE = 1e-6
 

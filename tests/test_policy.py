@@ -37,7 +37,7 @@ from dropbp_fx.policy import drop_policy
 from dropbp_fx.policy.allocation import objective
 from dropbp_fx.policy.drop_policy import PolicyName
 from dropbp_fx.policy.patterns import PatternName, known_name, resolve_pattern
-from dropbp_fx.policy.ramps import rate_schedule
+from dropbp_fx.policy.schedules import rate_schedule
 from tests.flops import FlopCounter
 from tests.helpers import compile_model, dropped_in, make_backend
 from tests.oracle import Result, assert_equal, assert_exact, compiled, detached, eager, some_patterns

@@ -30,8 +30,8 @@ from benchmarks.quality.rivals import KeepRows, Skipping
 from benchmarks.quality.tasks import Task, Workshop, cosine, make_optimizer, set_learning_rate
 from benchmarks.quality.training import Plan, run
 from benchmarks.results import ResultsFile, Run, load, load_records
+from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.patterns import RandomPattern, WindowPattern
-from dropbp_fx.policy.sampling import Unit
 from tests.oracle import detached
 
 pytestmark = pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""The draw and the schedule on their own: rates are honest, patterns are random, runs resume.
+"""Balanced sampling and the pattern sampler on their own: rates are honest, patterns are random, runs resume.
 
 Statistical tests draw with fixed seeds and reject at p < 1e-6, so that a sound sampler fails none of them by chance.
 """
@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
-from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.sampler import PatternSampler
 
 P_VALUE = 1e-6
 Pattern = frozenset[int]
@@ -316,28 +316,32 @@ def test_any_units_are_drawn_in_balance(units: list[Unit], seed: int, keep_one: 
     assert error <= flops_bound(scaled) + 1e-9
 
 
-# ---- the schedule ----------------------------------------------------------------------------------------------------
+# ---- the pattern sampler ------------------------------------------------------------------------------------------------
 
 
 def names_of(layers: int) -> list[tuple[str, str]]:
     return [(f"layers.{i}.{kind}", f"layers.{i}") for i in range(layers) for kind in ("attention", "mlp")]
 
 
-def meet(schedule: Schedule, branches: Iterable[tuple[str, str]], *, trainable: bool = True) -> list[int]:
+def add_branches(sampler: PatternSampler, branches: Iterable[tuple[str, str]], *, trainable: bool = True) -> list[int]:
     """A graph with these branches is compiled: their indices, which its forwards draw for."""
-    return [schedule.meet(name, layer, trainable=trainable, droppable=True).index for name, layer in branches]
+    return [sampler.add_branch(name, layer, trainable=trainable, droppable=True).index for name, layer in branches]
 
 
-def schedule_of(
+def sampler_of(
     layers: int, rate: float = 0.5, *, granularity: str = "branch", seed: int | None = 0
-) -> tuple[Schedule, list[int]]:
-    schedule = Schedule(rate, granularity, seed)  # type: ignore[arg-type]
-    return schedule, meet(schedule, names_of(layers))
+) -> tuple[PatternSampler, list[int]]:
+    sampler = PatternSampler(rate, granularity, seed)  # type: ignore[arg-type]
+    return sampler, add_branches(sampler, names_of(layers))
 
 
-def forwards(schedule: Schedule, pieces: Sequence[Sequence[int]], count: int) -> list[Pattern]:
+def state_of(sampler: PatternSampler) -> dict[str, Any]:
+    return sampler.saved((), 0).as_dict()
+
+
+def forwards(sampler: PatternSampler, pieces: Sequence[Sequence[int]], count: int) -> list[Pattern]:
     """Forwards of a model whose graphs hold ``pieces``."""
-    return [frozenset[int]().union(*[schedule.draw(piece) for piece in pieces]) for _ in range(count)]
+    return [frozenset[int]().union(*[sampler.sample(piece) for piece in pieces]) for _ in range(count)]
 
 
 PIECES = {
@@ -349,25 +353,25 @@ PIECES = {
 
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES.keys())
 def test_a_model_in_any_number_of_graphs_drops_at_its_rate_and_evenly(pieces: list[list[int]]) -> None:
-    schedule, _ = schedule_of(6, 0.35)
-    patterns = forwards(schedule, pieces, 4_000)
+    sampler, _ = sampler_of(6, 0.35)
+    patterns = forwards(sampler, pieces, 4_000)
     assert {len(pattern) for pattern in patterns} == {4, 5}
     assert_each_rate(patterns, [0.35] * 12)
-    assert schedule.forwards == 4_000
-    assert schedule.realised_rate() == sum(map(len, patterns)) / (4_000 * 12)
+    assert sampler.forwards == 4_000
+    assert sampler.branches.realised_rate() == sum(map(len, patterns)) / (4_000 * 12)
     hits = Counter(itertools.chain.from_iterable(patterns))
-    assert [branch.times_dropped for branch in schedule.branches] == [hits[index] for index in range(12)]
-    assert all(branch.times_seen == 4_000 for branch in schedule.branches)
+    assert [branch.times_dropped for branch in sampler.branches] == [hits[index] for index in range(12)]
+    assert all(branch.times_seen == 4_000 for branch in sampler.branches)
 
 
 def test_a_round_does_not_depend_on_how_the_model_is_broken_into_graphs() -> None:
-    found = [forwards(schedule_of(6)[0], pieces, 50) for pieces in PIECES.values()]
+    found = [forwards(sampler_of(6)[0], pieces, 50) for pieces in PIECES.values()]
     assert found[0] == found[1] == found[2]
 
 
 def test_a_graph_that_runs_twice_starts_a_new_round_each_time() -> None:
-    schedule, _ = schedule_of(6)
-    patterns = forwards(schedule, [list(range(6))], 2_000)
+    sampler, _ = sampler_of(6)
+    patterns = forwards(sampler, [list(range(6))], 2_000)
     assert len(set(patterns)) > 20
     assert_each_rate(patterns, [0.5] * 6)
 
@@ -375,10 +379,10 @@ def test_a_graph_that_runs_twice_starts_a_new_round_each_time() -> None:
 def test_the_first_round_of_a_model_that_turns_up_graph_by_graph_keeps_its_rate_too() -> None:
     rounds = []
     for seed in range(2_000):
-        schedule = Schedule(0.5, "branch", seed)
+        sampler = PatternSampler(0.5, "branch", seed)
         names = names_of(4)
-        first = schedule.draw(meet(schedule, names[:3]))
-        second = schedule.draw(meet(schedule, names[3:]))
+        first = sampler.sample(add_branches(sampler, names[:3]))
+        second = sampler.sample(add_branches(sampler, names[3:]))
         assert first <= {0, 1, 2}
         assert second <= {3, 4, 5, 6, 7}
         rounds.append(first | second)
@@ -387,29 +391,29 @@ def test_the_first_round_of_a_model_that_turns_up_graph_by_graph_keeps_its_rate_
 
 @pytest.mark.parametrize("rate", [0.5, 0.9])
 def test_one_trainable_branch_survives_every_round_of_a_model_in_pieces(rate: float) -> None:
-    schedule = Schedule(rate, "branch", 0)
-    meet(schedule, [("frozen.a", "frozen"), ("frozen.b", "frozen")], trainable=False)
-    trainable = meet(schedule, [("a", "top"), ("b", "top")])
-    patterns = forwards(schedule, [[0, 2], [1, 3]], 1_000)
+    sampler = PatternSampler(rate, "branch", 0)
+    add_branches(sampler, [("frozen.a", "frozen"), ("frozen.b", "frozen")], trainable=False)
+    trainable = add_branches(sampler, [("a", "top"), ("b", "top")])
+    patterns = forwards(sampler, [[0, 2], [1, 3]], 1_000)
     assert all(not pattern.issuperset(trainable) for pattern in patterns)
     assert_each_rate(patterns, [rate, rate, 0.5, 0.5])
-    assert schedule.attainable_rate() == pytest.approx((rate * 2 + 1.0) / 4)
+    assert sampler.rated.attainable_rate() == pytest.approx((rate * 2 + 1.0) / 4)
 
 
 def test_branches_no_gradient_reaches_take_no_part() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    below = schedule.meet("below", "0", trainable=False, droppable=False)
-    indices = meet(schedule, names_of(2))
-    patterns = forwards(schedule, [indices], 1_000)
+    sampler = PatternSampler(0.5, "branch", 0)
+    below = sampler.add_branch("below", "0", trainable=False, droppable=False)
+    indices = add_branches(sampler, names_of(2))
+    patterns = forwards(sampler, [indices], 1_000)
     assert {len(pattern) for pattern in patterns} == {2}
     assert (below.times_seen, below.times_dropped) == (0, 0)
-    assert schedule.realised_rate() == schedule.attainable_rate() == 0.5
+    assert sampler.branches.realised_rate() == sampler.rated.attainable_rate() == 0.5
 
 
 @pytest.mark.parametrize("pieces", [[list(range(12))], [list(range(4)), list(range(4, 12))]])
 def test_layer_granularity_drops_all_branches_of_a_layer_or_none(pieces: list[list[int]]) -> None:
-    schedule, _ = schedule_of(6, 0.4, granularity="layer")
-    patterns = forwards(schedule, pieces, 2_000)
+    sampler, _ = sampler_of(6, 0.4, granularity="layer")
+    patterns = forwards(sampler, pieces, 2_000)
     for pattern in patterns:
         assert all((index in pattern) == (index + 1 in pattern) for index in range(0, 12, 2))
     assert {len(pattern) for pattern in patterns} == {4, 6}
@@ -417,35 +421,35 @@ def test_layer_granularity_drops_all_branches_of_a_layer_or_none(pieces: list[li
 
 
 def test_branch_granularity_does_split_layers() -> None:
-    schedule, indices = schedule_of(6, 0.4)
-    patterns = forwards(schedule, [indices], 200)
+    sampler, indices = sampler_of(6, 0.4)
+    patterns = forwards(sampler, [indices], 200)
     assert any((0 in pattern) != (1 in pattern) for pattern in patterns)
 
 
 def test_the_attainable_rate_is_the_long_run_rate_where_one_unit_must_stay() -> None:
-    schedule, indices = schedule_of(1, 0.9)
-    forwards(schedule, [indices], 500)
-    assert schedule.attainable_rate() == schedule.realised_rate() == 0.5
-    single = Schedule(0.9, "branch", 0)
-    forwards(single, [meet(single, [("only", "0")])], 50)
-    assert single.attainable_rate() == single.realised_rate() == 0.0
+    sampler, indices = sampler_of(1, 0.9)
+    forwards(sampler, [indices], 500)
+    assert sampler.rated.attainable_rate() == sampler.branches.realised_rate() == 0.5
+    single = PatternSampler(0.9, "branch", 0)
+    forwards(single, [add_branches(single, [("only", "0")])], 50)
+    assert single.rated.attainable_rate() == single.branches.realised_rate() == 0.0
 
 
 # ---- seeds and other random streams ----------------------------------------------------------------------------------
 
 
 def test_equal_seeds_draw_equal_patterns_and_unequal_ones_do_not() -> None:
-    runs = {seed: forwards(schedule_of(6, seed=seed)[0], [list(range(12))], 30) for seed in (0, 1, -1, 2**80)}
-    assert runs[0] == forwards(schedule_of(6, seed=0)[0], [list(range(12))], 30)
+    runs = {seed: forwards(sampler_of(6, seed=seed)[0], [list(range(12))], 30) for seed in (0, 1, -1, 2**80)}
+    assert runs[0] == forwards(sampler_of(6, seed=0)[0], [list(range(12))], 30)
     for first, second in itertools.combinations(runs.values(), 2):
         assert first != second
 
 
 def test_without_a_seed_torch_manual_seed_decides() -> None:
     def run(seed: int) -> list[Pattern]:
-        schedule, indices = schedule_of(6, seed=None)
-        torch.manual_seed(seed)  # after the schedule was made, before its first draw
-        return forwards(schedule, [indices], 30)
+        sampler, indices = sampler_of(6, seed=None)
+        torch.manual_seed(seed)  # after the sampler was made, before its first draw
+        return forwards(sampler, [indices], 30)
 
     assert run(3) == run(3) != run(4)
 
@@ -455,14 +459,14 @@ def test_no_global_random_stream_is_read_or_moved() -> None:
         return torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(np.random.get_state())
 
     before = state()
-    schedule, indices = schedule_of(6, seed=None)
-    expected = forwards(schedule, [indices], 10)
-    with schedule.override([0]):
-        schedule.draw(indices)
-    schedule.load_state_dict(schedule.state_dict())
+    sampler, indices = sampler_of(6, seed=None)
+    expected = forwards(sampler, [indices], 10)
+    with sampler.pinned([0]):
+        sampler.sample(indices)
+    sampler.load(state_of(sampler))
     assert state() == before
     torch.rand(3), random.random(), np.random.rand()
-    assert forwards(schedule_of(6, seed=None)[0], [indices], 10) == expected
+    assert forwards(sampler_of(6, seed=None)[0], [indices], 10) == expected
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -472,127 +476,127 @@ def test_no_global_random_stream_is_read_or_moved() -> None:
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_loaded_state_goes_on_with_the_patterns_of_the_run_it_is_from(granularity: str, steps: int) -> None:
     pieces = [list(range(5)), list(range(5, 12))]
-    run, _ = schedule_of(6, granularity=granularity, seed=7)
+    run, _ = sampler_of(6, granularity=granularity, seed=7)
     forwards(run, pieces, steps)
-    state = pickle.loads(pickle.dumps(run.state_dict()))
+    state = pickle.loads(pickle.dumps(state_of(run)))
     expected = forwards(run, pieces, 20)
-    resumed, _ = schedule_of(6, 0.1, granularity=granularity, seed=99)
-    resumed.load_state_dict(state)
+    resumed, _ = sampler_of(6, 0.1, granularity=granularity, seed=99)
+    resumed.load(state)
     assert forwards(resumed, pieces, 20) == expected
-    assert resumed.state_dict() == run.state_dict()
+    assert state_of(resumed) == state_of(run)
 
 
 def test_a_fresh_schedule_resumes_while_its_graphs_turn_up_one_by_one() -> None:
-    run, _ = schedule_of(6, seed=7)
+    run, _ = sampler_of(6, seed=7)
     pieces = [list(range(5)), list(range(5, 12))]
     forwards(run, pieces, 3)
-    resumed = Schedule(0.9, "branch", None)
-    resumed.load_state_dict(run.state_dict())
-    assert resumed.rate == 0.5
+    resumed = PatternSampler(0.9, "branch", None)
+    resumed.load(state_of(run))
+    assert resumed.rated.rate == 0.5
     names = names_of(6)
-    first = resumed.draw(meet(resumed, names[:5])) | resumed.draw(meet(resumed, names[5:]))
+    first = resumed.sample(add_branches(resumed, names[:5])) | resumed.sample(add_branches(resumed, names[5:]))
     assert [first, *forwards(resumed, pieces, 10)] == forwards(run, pieces, 11)
 
 
 def test_a_state_taken_before_the_first_forward_resumes_too() -> None:
-    run = Schedule(0.5, "branch", 3)
-    resumed = Schedule(0.2, "branch", 4)
-    resumed.load_state_dict(run.state_dict())
-    for schedule in (run, resumed):
-        meet(schedule, names_of(6))
+    run = PatternSampler(0.5, "branch", 3)
+    resumed = PatternSampler(0.2, "branch", 4)
+    resumed.load(state_of(run))
+    for sampler in (run, resumed):
+        add_branches(sampler, names_of(6))
     assert forwards(resumed, [list(range(12))], 10) == forwards(run, [list(range(12))], 10)
 
 
 def test_loading_in_mid_run_rewinds() -> None:
-    schedule, indices = schedule_of(6)
-    forwards(schedule, [indices], 3)
-    state = schedule.state_dict()
-    expected = forwards(schedule, [indices], 5)
-    forwards(schedule, [indices], 4)
-    schedule.load_state_dict(state)
-    assert forwards(schedule, [indices], 5) == expected
+    sampler, indices = sampler_of(6)
+    forwards(sampler, [indices], 3)
+    state = state_of(sampler)
+    expected = forwards(sampler, [indices], 5)
+    forwards(sampler, [indices], 4)
+    sampler.load(state)
+    assert forwards(sampler, [indices], 5) == expected
 
 
 def test_a_state_is_a_copy_that_later_forwards_do_not_change() -> None:
-    schedule, indices = schedule_of(2)
-    state = schedule.state_dict()
+    sampler, indices = sampler_of(2)
+    state = state_of(sampler)
     frozen = pickle.dumps(state)
-    forwards(schedule, [indices], 3)
+    forwards(sampler, [indices], 3)
     assert pickle.dumps(state) == frozen
 
 
 def test_a_state_may_be_loaded_within_a_pinned_block() -> None:
-    schedule, indices = schedule_of(6)
-    with schedule.override([2]):
-        schedule.load_state_dict(schedule.state_dict())
-        assert schedule.draw(indices) == {2}
-    assert forwards(schedule, [indices], 5) == forwards(schedule_of(6)[0], [indices], 5)
+    sampler, indices = sampler_of(6)
+    with sampler.pinned([2]):
+        sampler.load(state_of(sampler))
+        assert sampler.sample(indices) == {2}
+    assert forwards(sampler, [indices], 5) == forwards(sampler_of(6)[0], [indices], 5)
 
 
 def test_states_that_do_not_fit_are_refused_with_what_differs() -> None:
-    state = schedule_of(6)[0].state_dict()
+    state = state_of(sampler_of(6)[0])
     for version in (0, 1, None, "2"):
         with pytest.raises(ValueError, match=rf"no state of a dropbp_fx backend of version 3.*is {version!r}"):
-            Schedule(0.5, "branch", 0).load_state_dict({**state, "version": version})
+            PatternSampler(0.5, "branch", 0).load({**state, "version": version})
     with pytest.raises(ValueError, match=r"granularity='branch', this backend has granularity='layer'"):
-        Schedule(0.5, "layer", 0).load_state_dict(state)
-    smaller, indices = schedule_of(5)
-    before = smaller.state_dict()
+        PatternSampler(0.5, "layer", 0).load(state)
+    smaller, indices = sampler_of(5)
+    before = state_of(smaller)
     with pytest.raises(ValueError, match=r"12 branches, the model has 10; they differ in layers\.5\.attention"):
-        smaller.load_state_dict(state)
-    assert smaller.state_dict() == before, "a refused state changes nothing"
-    reordered = Schedule(0.5, "branch", 0)
-    meet(reordered, reversed(names_of(6)))
+        smaller.load(state)
+    assert state_of(smaller) == before, "a refused state changes nothing"
+    reordered = PatternSampler(0.5, "branch", 0)
+    add_branches(reordered, reversed(names_of(6)))
     with pytest.raises(ValueError, match=r"they differ in their order"):
-        reordered.load_state_dict(state)
-    smaller.load_state_dict(state, strict=False)
-    smaller.draw(indices)
+        reordered.load(state)
+    smaller.load(state, strict=False)
+    smaller.sample(indices)
 
 
 def test_a_graph_with_a_branch_the_loaded_state_lacks_is_refused_when_it_turns_up() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    schedule.load_state_dict(schedule_of(2)[0].state_dict())
+    sampler = PatternSampler(0.5, "branch", 0)
+    sampler.load(state_of(sampler_of(2)[0]))
     with pytest.raises(ValueError, match=r"model has a branch named 'head\.mlp', the state has 4 branches \(layers\.0"):
-        meet(schedule, [("head.mlp", "head")])
-    lenient = Schedule(0.5, "branch", 0)
-    lenient.load_state_dict(schedule_of(2)[0].state_dict(), strict=False)
-    assert meet(lenient, [("head.mlp", "head")]) == [4]
+        add_branches(sampler, [("head.mlp", "head")])
+    lenient = PatternSampler(0.5, "branch", 0)
+    lenient.load(state_of(sampler_of(2)[0]), strict=False)
+    assert add_branches(lenient, [("head.mlp", "head")]) == [4]
 
 
 def test_a_model_that_lacks_a_branch_of_the_loaded_state_is_refused_at_its_second_forward() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    schedule.load_state_dict(schedule_of(3)[0].state_dict())
-    indices = meet(schedule, names_of(2))
-    schedule.draw(indices)
+    sampler = PatternSampler(0.5, "branch", 0)
+    sampler.load(state_of(sampler_of(3)[0]))
+    indices = add_branches(sampler, names_of(2))
+    sampler.sample(indices)
     with pytest.raises(ValueError, match=r"2 of its 6 branches, such as 'layers\.2\.attention', are not in the model"):
-        schedule.draw(indices)
+        sampler.sample(indices)
 
 
 # ---- pins and rates --------------------------------------------------------------------------------------------------
 
 
 def test_a_pinned_block_drops_exactly_what_it_names_and_uses_up_no_round() -> None:
-    schedule, indices = schedule_of(6)
-    branches = list(schedule.branches)
-    first = forwards(schedule, [indices], 2)
-    with schedule.override([1, "layers.2.mlp", branches[7]]):
-        assert forwards(schedule, [indices], 3) == [{1, 5, 7}] * 3
-        assert schedule.draw([0, 1, 2]) == {1}, "a graph gets its own part of the pattern"
-        with schedule.override([]):
-            assert schedule.draw(indices) == frozenset()
-        assert schedule.draw(indices) == {1, 5, 7}
-    assert first + forwards(schedule, [indices], 3) == forwards(schedule_of(6)[0], [indices], 5)
+    sampler, indices = sampler_of(6)
+    branches = list(sampler.branches)
+    first = forwards(sampler, [indices], 2)
+    with sampler.pinned([1, "layers.2.mlp", branches[7]]):
+        assert forwards(sampler, [indices], 3) == [{1, 5, 7}] * 3
+        assert sampler.sample([0, 1, 2]) == {1}, "a graph gets its own part of the pattern"
+        with sampler.pinned([]):
+            assert sampler.sample(indices) == frozenset()
+        assert sampler.sample(indices) == {1, 5, 7}
+    assert first + forwards(sampler, [indices], 3) == forwards(sampler_of(6)[0], [indices], 5)
 
 
 def test_a_pinned_block_ends_with_an_exception_too() -> None:
-    schedule, indices = schedule_of(6)
-    with pytest.raises(RuntimeError, match="mine"), schedule.override([0]):
+    sampler, indices = sampler_of(6)
+    with pytest.raises(RuntimeError, match="mine"), sampler.pinned([0]):
         raise RuntimeError("mine")
-    assert forwards(schedule, [indices], 5) == forwards(schedule_of(6)[0], [indices], 5)
+    assert forwards(sampler, [indices], 5) == forwards(sampler_of(6)[0], [indices], 5)
 
 
 def test_wrong_pins_are_refused_with_the_numbers_and_names_there_are() -> None:
-    schedule, indices = schedule_of(2)
+    sampler, indices = sampler_of(2)
     cases: list[tuple[Any, type[Exception], str]] = [
         ([4], IndexError, r"no branch 4: the model has 4 residual branches, numbered 0 to 3"),
         ([-1], IndexError, r"no branch -1"),
@@ -603,27 +607,27 @@ def test_wrong_pins_are_refused_with_the_numbers_and_names_there_are() -> None:
         (indices, ValueError, r"drops all 4 branches that have trainable parameters.*Keep at least one"),
     ]
     for chosen, kind, text in cases:
-        with pytest.raises(kind, match=text), schedule.override(chosen):
+        with pytest.raises(kind, match=text), sampler.pinned(chosen):
             pytest.fail("the block must not be entered")
-    assert schedule.draw(indices) == schedule_of(2)[0].draw(indices)
+    assert sampler.sample(indices) == sampler_of(2)[0].sample(indices)
 
 
 def test_frozen_branches_may_all_be_pinned_while_a_trainable_one_stays() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    frozen = meet(schedule, names_of(2), trainable=False)
-    (trainable,) = meet(schedule, [("adapter", "adapter")])
-    with schedule.override(frozen):
-        assert schedule.draw([*frozen, trainable]) == set(frozen)
-    with pytest.raises(ValueError, match=r"all 1 branches"), schedule.override([trainable]):
+    sampler = PatternSampler(0.5, "branch", 0)
+    frozen = add_branches(sampler, names_of(2), trainable=False)
+    (trainable,) = add_branches(sampler, [("adapter", "adapter")])
+    with sampler.pinned(frozen):
+        assert sampler.sample([*frozen, trainable]) == set(frozen)
+    with pytest.raises(ValueError, match=r"all 1 branches"), sampler.pinned([trainable]):
         pytest.fail("the block must not be entered")
 
 
 def test_pins_made_before_the_branches_are_known_hold_for_every_graph_that_turns_up() -> None:
-    schedule = Schedule(0.5, "branch", 0)
+    sampler = PatternSampler(0.5, "branch", 0)
     names = names_of(2)
-    with schedule.override(["layers.0.mlp", 2]):
-        assert schedule.draw(meet(schedule, names[:2])) == {1}
-        assert schedule.draw(meet(schedule, names[2:])) == {2}
+    with sampler.pinned(["layers.0.mlp", 2]):
+        assert sampler.sample(add_branches(sampler, names[:2])) == {1}
+        assert sampler.sample(add_branches(sampler, names[2:])) == {2}
 
 
 @pytest.mark.parametrize(
@@ -633,81 +637,81 @@ def test_pins_made_before_the_branches_are_known_hold_for_every_graph_that_turns
 def test_pins_that_no_graph_met_are_refused_at_the_end_of_the_block(
     chosen: list[int | str], kind: type[Exception], text: str
 ) -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    with pytest.raises(kind, match=text), schedule.override(chosen):
-        assert schedule.draw(meet(schedule, names_of(2))) == frozenset()
-    assert schedule.draw([0, 1, 2, 3]) == schedule_of(2)[0].draw([0, 1, 2, 3])
+    sampler = PatternSampler(0.5, "branch", 0)
+    with pytest.raises(kind, match=text), sampler.pinned(chosen):
+        assert sampler.sample(add_branches(sampler, names_of(2))) == frozenset()
+    assert sampler.sample([0, 1, 2, 3]) == sampler_of(2)[0].sample([0, 1, 2, 3])
 
 
 def test_pins_and_rounds_belong_to_their_thread() -> None:
-    schedule, indices = schedule_of(6)
+    sampler, indices = sampler_of(6)
     entered, leave = threading.Event(), threading.Event()
     inside: list[Pattern] = []
 
     def pin() -> None:
-        with schedule.override([3]):
+        with sampler.pinned([3]):
             entered.set()
             leave.wait(10)
-            inside.append(schedule.draw(indices))
+            inside.append(sampler.sample(indices))
 
     thread = threading.Thread(target=pin)
     thread.start()
     assert entered.wait(10)
-    outside = schedule.draw(indices)
+    outside = sampler.sample(indices)
     leave.set()
     thread.join(10)
     assert inside == [{3}]
-    assert outside == schedule_of(6)[0].draw(indices)
+    assert outside == sampler_of(6)[0].sample(indices)
 
 
 def test_two_threads_in_the_middle_of_a_forward_each_finish_their_own_round() -> None:
-    rounds = forwards(schedule_of(6)[0], [list(range(12))], 2)
-    schedule, _ = schedule_of(6)
-    first_half = schedule.draw(range(6))
+    rounds = forwards(sampler_of(6)[0], [list(range(12))], 2)
+    sampler, _ = sampler_of(6)
+    first_half = sampler.sample(range(6))
     other: list[Pattern] = []
-    thread = threading.Thread(target=lambda: other.extend(forwards(schedule, [range(6), range(6, 12)], 1)))
+    thread = threading.Thread(target=lambda: other.extend(forwards(sampler, [range(6), range(6, 12)], 1)))
     thread.start()
     thread.join(10)
-    assert [first_half | schedule.draw(range(6, 12)), *other] == rounds
+    assert [first_half | sampler.sample(range(6, 12)), *other] == rounds
 
 
 def test_many_threads_lose_no_count() -> None:
-    schedule, indices = schedule_of(6)
-    threads = [threading.Thread(target=forwards, args=(schedule, [indices], 200)) for _ in range(4)]
+    sampler, indices = sampler_of(6)
+    threads = [threading.Thread(target=forwards, args=(sampler, [indices], 200)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert schedule.forwards == 800
-    assert schedule.state_dict()["rounds"] == 800
-    assert {branch.times_seen for branch in schedule.branches} == {800}
-    assert schedule.realised_rate() == 0.5
+    assert sampler.forwards == 800
+    assert state_of(sampler)["rounds"] == 800
+    assert {branch.times_seen for branch in sampler.branches} == {800}
+    assert sampler.branches.realised_rate() == 0.5
 
 
 def test_a_new_rate_holds_from_the_next_forward() -> None:
-    schedule, indices = schedule_of(6)
-    assert {len(pattern) for pattern in forwards(schedule, [indices], 20)} == {6}
-    schedule.rate = 0.25
-    assert {len(pattern) for pattern in forwards(schedule, [indices], 20)} == {3}
-    schedule.rate = 0.0
-    assert set(forwards(schedule, [indices], 20)) == {frozenset()}
-    assert {branch.rate for branch in schedule.branches} == {0.0}
-    assert meet(schedule, [("late", "late")]) == [12]
-    assert schedule.branches[12].rate == 0.0
+    sampler, indices = sampler_of(6)
+    assert {len(pattern) for pattern in forwards(sampler, [indices], 20)} == {6}
+    sampler.rated.rate = 0.25
+    assert {len(pattern) for pattern in forwards(sampler, [indices], 20)} == {3}
+    sampler.rated.rate = 0.0
+    assert set(forwards(sampler, [indices], 20)) == {frozenset()}
+    assert {branch.rate for branch in sampler.branches} == {0.0}
+    assert add_branches(sampler, [("late", "late")]) == [12]
+    assert sampler.branches[12].rate == 0.0
 
 
 def test_branches_of_unequal_rates_are_each_dropped_at_their_own() -> None:
-    schedule, indices = schedule_of(3)
+    sampler, indices = sampler_of(3)
     rates = [0.1, 0.9, 0.5, 0.0, 0.75, 0.33]
-    for branch, rate in zip(schedule.branches, rates, strict=True):
+    for branch, rate in zip(sampler.branches, rates, strict=True):
         branch.rate = rate
-    assert_each_rate(forwards(schedule, [indices], 8_000), rates)
-    assert schedule.attainable_rate() == pytest.approx(sum(rates) / 6)
+    assert_each_rate(forwards(sampler, [indices], 8_000), rates)
+    assert sampler.rated.attainable_rate() == pytest.approx(sum(rates) / 6)
 
 
 def test_a_branch_met_again_is_the_same_entry_and_only_gains_abilities() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    first = schedule.meet("a", "0", trainable=False, droppable=True)
-    again = schedule.meet("a", "0", trainable=True, droppable=False)
+    sampler = PatternSampler(0.5, "branch", 0)
+    first = sampler.add_branch("a", "0", trainable=False, droppable=True)
+    again = sampler.add_branch("a", "0", trainable=True, droppable=False)
     assert first is again
-    assert (again.trainable, again.droppable, len(schedule.branches)) == (True, True, 1)
+    assert (again.trainable, again.droppable, len(sampler.branches)) == (True, True, 1)

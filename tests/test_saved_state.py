@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dropbp_fx import DropBPBackend, LateRamp, Ramp, Steps, dropbp_backend
-from dropbp_fx.policy.running import Observed, RunningSensitivity
-from dropbp_fx.policy.schedule import Schedule
+from dropbp_fx.policy.sampler import PatternSampler
+from dropbp_fx.sensitivity.running import Observed, RunningSensitivity
 from tests.helpers import compile_model, dropped_in, make_backend
 from tests.test_models import ResidualMLP, square_loss
 
@@ -423,53 +423,57 @@ def test_a_rate_that_allocation_cannot_give_is_refused() -> None:
 # ---- states of other models -----------------------------------------------------------------------------------------
 
 
-def schedule_with(*names: str) -> Schedule:
-    schedule = Schedule(0.5, "branch", 0)
+def state_of(sampler: PatternSampler) -> dict[str, Any]:
+    return sampler.saved((), 0).as_dict()
+
+
+def sampler_with(*names: str) -> PatternSampler:
+    sampler = PatternSampler(0.5, "branch", 0)
     for name in names:
-        schedule.meet(name, name, trainable=True, droppable=True)
-    return schedule
+        sampler.add_branch(name, name, trainable=True, droppable=True)
+    return sampler
 
 
 def test_a_state_of_other_layers_is_refused() -> None:
-    state = schedule_with("a", "b").state_dict()
-    other = Schedule(0.5, "branch", 0)
+    state = state_of(sampler_with("a", "b"))
+    other = PatternSampler(0.5, "branch", 0)
     for name in ("a", "b"):
-        other.meet(name, "elsewhere", trainable=True, droppable=True)
+        other.add_branch(name, "elsewhere", trainable=True, droppable=True)
     with pytest.raises(ValueError, match="they differ in a, b"):
-        other.load_state_dict(state)
+        other.load(state)
 
 
 def test_another_state_may_be_loaded_before_any_graph_is_met() -> None:
-    schedule = Schedule(0.5, "branch", 0)
-    schedule.load_state_dict(schedule_with("a", "b", "c").state_dict())
-    schedule.load_state_dict(schedule_with("d").state_dict())
-    assert [branch.name for branch in schedule.branches] == ["d"]
-    assert schedule.meet("d", "d", trainable=True, droppable=True).index == 0
-    schedule.load_state_dict(schedule_with("d").state_dict())
-    assert len(schedule.branches) == 1
+    sampler = PatternSampler(0.5, "branch", 0)
+    sampler.load(state_of(sampler_with("a", "b", "c")))
+    sampler.load(state_of(sampler_with("d")))
+    assert [branch.name for branch in sampler.branches] == ["d"]
+    assert sampler.add_branch("d", "d", trainable=True, droppable=True).index == 0
+    sampler.load(state_of(sampler_with("d")))
+    assert len(sampler.branches) == 1
 
 
 def test_branches_that_only_the_state_has_take_no_part_in_draws() -> None:
     """Else a draw could keep one of them as the one trainable branch that is always kept."""
     for met_first in (True, False):
-        schedule = schedule_with("a", "b") if met_first else Schedule(0.5, "branch", 0)
-        schedule.load_state_dict(schedule_with(*"abcdefgh").state_dict(), strict=False)
+        sampler = sampler_with("a", "b") if met_first else PatternSampler(0.5, "branch", 0)
+        sampler.load(state_of(sampler_with(*"abcdefgh")), strict=False)
         for name in ("a", "b"):
-            schedule.meet(name, name, trainable=True, droppable=True)
-        schedule.draw([0, 1])
+            sampler.add_branch(name, name, trainable=True, droppable=True)
+        sampler.sample([0, 1])
         for _ in range(40):
-            assert len(schedule.draw([0, 1])) == 1
-        assert [branch.name for branch in schedule.branches if branch.droppable] == ["a", "b"]
+            assert len(sampler.sample([0, 1])) == 1
+        assert [branch.name for branch in sampler.branches if branch.droppable] == ["a", "b"]
 
 
 def test_branches_that_the_state_does_not_know_count_from_0() -> None:
-    schedule = schedule_with("a", "b", "c")
-    schedule.draw([0, 1, 2])
-    saved = schedule_with("a", "c")
-    saved.draw([0, 1])
-    saved.draw([0, 1])
-    schedule.load_state_dict(saved.state_dict(), strict=False)
-    assert [(b.name, b.index, b.times_seen) for b in schedule.branches] == [("a", 0, 2), ("b", 1, 0), ("c", 2, 2)]
+    sampler = sampler_with("a", "b", "c")
+    sampler.sample([0, 1, 2])
+    saved = sampler_with("a", "c")
+    saved.sample([0, 1])
+    saved.sample([0, 1])
+    sampler.load(state_of(saved), strict=False)
+    assert [(b.name, b.index, b.times_seen) for b in sampler.branches] == [("a", 0, 2), ("b", 1, 0), ("c", 2, 2)]
 
 
 # ---- all or nothing -------------------------------------------------------------------------------------------------
@@ -538,24 +542,24 @@ class Moody:
 def test_a_draw_that_fails_does_not_count(answer: Any, seed: int | None) -> None:
     for before_first in (True, False):
         pattern = Moody()
-        schedule = Schedule(0.5, "branch", seed, pattern=pattern)
-        schedule.reschedule("ramp_up")
+        sampler = PatternSampler(0.5, "branch", seed, pattern=pattern)
+        sampler.rated.reschedule("ramp_up")
         for name in "abcd":
-            schedule.meet(name, name, trainable=True, droppable=True)
+            sampler.add_branch(name, name, trainable=True, droppable=True)
         if not before_first:
-            schedule.draw(range(4))
-        before = schedule.state_dict()
-        expected = schedule.draw(range(4))
-        schedule.load_state_dict(before)
+            sampler.sample(range(4))
+        before = state_of(sampler)
+        expected = sampler.sample(range(4))
+        sampler.load(before)
         pattern.answer = answer
         kind = type(answer) if isinstance(answer, BaseException) else (TypeError, IndexError)
         for _ in range(3):
             with pytest.raises(kind):
-                schedule.draw(range(4))
-            assert schedule.state_dict() == before
+                sampler.sample(range(4))
+            assert state_of(sampler) == before
         pattern.answer = ()
-        assert schedule.draw(range(4)) == expected
-        assert schedule.state_dict()["rounds"] == before["rounds"] + 1
+        assert sampler.sample(range(4)) == expected
+        assert state_of(sampler)["rounds"] == before["rounds"] + 1
 
 
 def test_a_pattern_of_other_arguments_is_refused_at_its_draw() -> None:
@@ -566,13 +570,13 @@ def test_a_pattern_of_other_arguments_is_refused_at_its_draw() -> None:
 
 
 def test_a_forward_that_is_refused_after_its_draw_does_not_count() -> None:
-    schedule = schedule_with(*"abcd")
-    schedule.draw(range(4))
-    before = schedule.state_dict()
+    sampler = sampler_with(*"abcd")
+    sampler.sample(range(4))
+    before = state_of(sampler)
 
     def refuse(dropped: frozenset[int]) -> None:
         raise RuntimeError("not these")
 
     with pytest.raises(RuntimeError, match="not these"):
-        schedule.draw(range(4), check=refuse)
-    assert schedule.state_dict() == before
+        sampler.sample(range(4), check=refuse)
+    assert state_of(sampler) == before

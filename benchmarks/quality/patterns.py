@@ -6,9 +6,9 @@ import dataclasses
 import random
 from collections.abc import Collection, Sequence
 
+from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.contiguous import Line
 from dropbp_fx.policy.patterns import Pattern
-from dropbp_fx.policy.sampling import Unit
 
 
 @dataclasses.dataclass

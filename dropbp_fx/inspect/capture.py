@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from dropbp_fx import _torch
 from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.runtime.compiler import CompileCounts, Compiler
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import dropbp_fx
 from dropbp_fx.inspect import doctor, huggingface
 from dropbp_fx.policy.drop_policy import checked_rate
-from dropbp_fx.policy.saved_state import Granularity
+from dropbp_fx.policy.units import Granularity
 
 _EXPLAIN = """\
 Say what would be dropped in a model and what that saves, from its configuration alone: nothing is downloaded, no weight is

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.graph.cost import SavedValues, graph_flops, memory_bytes, saved_values
 from dropbp_fx.graph.values import storage_of
-from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.dispatch import warmup_patterns
 from dropbp_fx.runtime.variants import RegionVariants, VariantKey
 

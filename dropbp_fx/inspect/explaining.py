@@ -9,12 +9,12 @@ from torch import nn
 
 from dropbp_fx import _torch
 from dropbp_fx.backend import DropBPBackend, dropbp_backend
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.graph.cost import branch_forward_flops, joint_cost
 from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel
 from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
 from dropbp_fx.policy.branches import Branch
-from dropbp_fx.runtime.captured import CapturedGraph
 
 
 def explain(

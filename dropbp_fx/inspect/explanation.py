@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.inspect.costs import CostModel, PatternCost
 from dropbp_fx.inspect.patterns import sample_patterns
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.drop_policy import checked_rate
 from dropbp_fx.policy.patterns import Pattern, pattern_name
-from dropbp_fx.policy.schedule import Granularity
-from dropbp_fx.runtime.captured import CapturedGraph
+from dropbp_fx.policy.units import Granularity
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,11 +12,11 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
+from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.graph.cost import node_flops
 from dropbp_fx.graph.gate import GATE, GATE_BACKWARD
 from dropbp_fx.graph.prune import gradient_carriers, prune_joint_graph
 from dropbp_fx.graph.regions import Region
-from dropbp_fx.runtime.captured import CapturedGraph
 
 #: Operators that move or relabel data and compute nothing: a picture without detail leaves them out.
 _MOVES = frozenset(

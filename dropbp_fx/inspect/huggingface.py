@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropbp_fx.policy.values import shown
+from dropbp_fx.values import shown
 
 _SIZE = re.compile(r"^(num|n|d|max)_|size|layers|heads|dim|embd|positions|channels|depth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.patterns import Pattern, checked_draw
-from dropbp_fx.policy.schedule import Granularity, units_of
+from dropbp_fx.policy.units import Granularity, units_of
 
 
 def sample_patterns(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.inspect import Explanation, explain
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
-from dropbp_fx.policy.ramps import RateSchedule, ScheduleName
-from dropbp_fx.policy.sensitivity import Metric, check_calibration
-from dropbp_fx.policy.values import as_float, shown
+from dropbp_fx.policy.schedules import RateSchedule, ScheduleName
+from dropbp_fx.sensitivity.sensitivity import Metric, check_calibration
+from dropbp_fx.values import as_float, shown
 
 try:
     from accelerate.utils import send_to_device
@@ -76,7 +76,7 @@ class DropBPCallback(TrainerCallback):
             (:class:`~dropbp_fx.DropPolicy`); ``None`` leaves that.
         calibration_batches: how many random batches of the training data to measure on; or the batches themselves, as the
             model takes them.
-        metric: what is measured (:class:`~dropbp_fx.policy.sensitivity.Sensitivity`).
+        metric: what is measured (:class:`~dropbp_fx.sensitivity.sensitivity.Sensitivity`).
         loss: computes the loss of a batch for calibration: ``loss(model, batch)``. By default the one that the model
             returns for the batch.
         log: what to log: "all", "rate" (tracing the model for the memory takes seconds, once), or "nothing".

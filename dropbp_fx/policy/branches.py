@@ -1,4 +1,4 @@
-"""The branches a backend has met, in one table for all graphs."""
+"""The branches a backend has found, in one table for all graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 
-from dropbp_fx.policy.values import as_int, shown
+from dropbp_fx.values import as_int, shown
 
 
 @dataclasses.dataclass
@@ -22,7 +22,7 @@ class Branch:
         trainable: whether it has parameters that require a gradient, or a gradient passes through it to something trainable
             that it reaches in no other way, such as the prefix of prefix tuning. As of its last forward, like the next.
         droppable: whether a gradient reaches it in training at all. Below frozen layers that feed no trainable
-            parameter there is nothing to drop, and the branch takes no part in the draw.
+            parameter there is nothing to drop, and the branch takes no part in patterns.
         backward_flops: floating-point operations that dropping it saves in one backward, from its joint graph.
         times_seen: training forwards in which it could be dropped.
         times_dropped: how many of them dropped it.
@@ -40,7 +40,7 @@ class Branch:
 
     @property
     def model(self) -> int:
-        """The number of the model it belongs to, from 1 in the order in which a backend met its models."""
+        """The number of the model it belongs to, from 1 in the order in which a backend found its models."""
         return _split(self.name)[1]
 
     @property
@@ -61,7 +61,7 @@ def _split(name: str) -> tuple[str, int]:
 
 
 class BranchTable:
-    """Branches by name, in the order they were first met."""
+    """Branches by name, in the order they were first found."""
 
     def __init__(self) -> None:
         self._branches: dict[str, Branch] = {}
@@ -80,10 +80,10 @@ class BranchTable:
         return self._order[index]
 
     def named(self, name: str) -> Branch | None:
-        """The branch called ``name``, ``None`` if none has been met."""
+        """The branch called ``name``, ``None`` if none has been found."""
         return self._branches.get(name)
 
-    def meet(self, name: str, layer: str, *, rate: float) -> Branch:
+    def add(self, name: str, layer: str, *, rate: float) -> Branch:
         """The branch called ``name``, new or known."""
         branch = self._branches.get(name)
         if branch is None:
@@ -119,8 +119,18 @@ class BranchTable:
         return self._models[index]
 
     def of(self, model: int) -> Sequence[Branch]:
-        """The branches of one model, in the order they were first met."""
+        """The branches of one model, in the order they were first found."""
         return self._by_model.get(model, ())
+
+    def realised_rate(self) -> float:
+        """The share of (branch, training forward) pairs that was dropped, of those that could be."""
+        seen = sum(branch.times_seen for branch in self)
+        return sum(branch.times_dropped for branch in self) / seen if seen else 0.0
+
+    def realised_flops_rate(self) -> float:
+        """The same, branches counting by the backward FLOPs that dropping them saves."""
+        seen = sum(branch.times_seen * branch.backward_flops for branch in self)
+        return sum(branch.times_dropped * branch.backward_flops for branch in self) / seen if seen else 0.0
 
     def resolve(self, chosen: Iterable[int | str | Branch]) -> frozenset[int]:
         """Indices of branches given by index, name or object.

@@ -20,7 +20,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from dropbp_fx.policy.sampling import Unit
+from dropbp_fx.policy.balanced import Unit
 
 _TINY = 1e-12  # lengths below this, as shares of the line, are rounding errors
 _UPDATES = 200

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from dropbp_fx.policy.patterns import DrawFunction, Pattern, PatternName, known_name, resolve_pattern
-from dropbp_fx.policy.ramps import RateSchedule, ScheduleName, checked_schedule
 from dropbp_fx.policy.rates import Allocation, check_attainable
-from dropbp_fx.policy.saved_state import Granularity
-from dropbp_fx.policy.values import LARGEST_COUNT, as_float, as_int, shown
+from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_schedule
+from dropbp_fx.policy.units import Granularity
+from dropbp_fx.values import LARGEST_COUNT, as_float, as_int, shown
 
 PolicyName = Literal["dropbp", "freezing", "progressive_freezing"]
 #: The graphs have the same choices of their own (:mod:`dropbp_fx.graph.regions`): this room must not know theirs.

@@ -22,9 +22,9 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
 from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
-from dropbp_fx.policy.sampling import Unit, draw_dropped, effective_rates
-from dropbp_fx.policy.values import shown, takes
+from dropbp_fx.values import shown, takes
 
 __all__ = [
     "IndependentPattern",
@@ -85,7 +85,7 @@ class PatternWithFrequencies(Pattern, Protocol):
 class RandomPattern:
     """Random units, each dropped at its rate: the pattern of DropBP, with a fixed number and balanced FLOPs.
 
-    :func:`~dropbp_fx.policy.sampling.draw_dropped` says how close every draw is to its budget. One trainable unit is always
+    :func:`~dropbp_fx.policy.balanced.draw_dropped` says how close every draw is to its budget. One trainable unit is always
     kept, for which rates are scaled down where they leave no room for one.
     """
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.branches import Branch, BranchTable, unknown_name
-from dropbp_fx.policy.ramps import RateSchedule, ScheduleName, checked_scheduled_rate, rate_schedule
-from dropbp_fx.policy.values import shown
+from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_scheduled_rate, rate_schedule
+from dropbp_fx.sensitivity.sensitivity import Sensitivity
+from dropbp_fx.values import shown
 
 Allocation = Literal["uniform", "sensitivity"]
 
@@ -172,3 +173,23 @@ class RateView(MutableMapping[str, float]):
                 )
             raise KeyError(unknown_name(name, [known.name for known in self._table]))
         return branch
+
+
+def without_unreached(
+    branches: Sequence[Branch], known: Mapping[str, float], measured: Sensitivity | None
+) -> tuple[dict[str, float], Sensitivity | None]:
+    """Known and measured sensitivities without those that say nothing: that of a branch that no gradient reaches is 0, which
+    tells nothing of it once a gradient does.
+    """
+    left = dict(known)
+    for branch in branches:
+        if not branch.droppable and left.get(branch.name) == 0:
+            del left[branch.name]
+    if measured is not None:
+        left_out = {branch.name for branch in branches if branch.droppable and branch.name not in left}
+        if not left_out.isdisjoint(measured.names):
+            pairs = zip(measured.names, measured.values, strict=True)
+            kept = [(name, value) for name, value in pairs if name not in left_out]
+            names, values = zip(*kept, strict=True) if kept else ((), ())
+            measured = dataclasses.replace(measured, names=names, values=values)
+    return left, measured

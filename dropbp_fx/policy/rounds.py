@@ -20,21 +20,21 @@ class Round:
     Attributes:
         number: of all rounds of the backend.
         epoch: loading a state ends every round.
-        version: that of the branches' facts at the last draw.
-        drawn: branches it has an answer for.
+        version: that of the branches' facts when it was last sampled.
+        decided: branches it has an answer for.
         dropped: those that are dropped.
     """
 
     number: int
     epoch: int
     version: int
-    drawn: set[int] = dataclasses.field(default_factory=set)
+    decided: set[int] = dataclasses.field(default_factory=set)
     dropped: set[int] = dataclasses.field(default_factory=set)
 
-    def keep_only(self, decided: Collection[int]) -> None:
+    def keep_only(self, run: Collection[int]) -> None:
         """Forget the answers for all branches but those that have run."""
-        self.drawn.intersection_update(decided)
-        self.dropped.intersection_update(decided)
+        self.decided.intersection_update(run)
+        self.dropped.intersection_update(run)
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class Forward:
         epoch: that of the state it ran in.
         seen: the branches that its graphs have shown so far.
         counted: whether it trains anything, as far as it has come.
-        round: where its pattern is drawn from, ``None`` while it is told what to drop.
+        round: what its pattern is a part of, ``None`` while it is told what to drop.
         pattern: what the latest of its graphs went by.
         dropped: what its graphs have dropped so far.
         scales: by branch, what gradients are multiplied by if it is kept; none where nothing is rescaled.
@@ -66,10 +66,10 @@ class Forward:
 
 @dataclasses.dataclass
 class Pinned:
-    """Forwards drop what was ``chosen``; ``unmet`` is what of it no graph has shown yet."""
+    """Forwards drop what was ``chosen``; ``unknown`` is what of it no graph has shown yet."""
 
     chosen: tuple[int | str | Branch, ...]
-    unmet: set[int | str]
+    unknown: set[int | str]
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dropbp_fx.policy.ramps import (
+from dropbp_fx.policy.schedules import (
     LateRamp,
     Ramp,
     RateSchedule,
@@ -19,7 +19,7 @@ from dropbp_fx.policy.ramps import (
     checked_schedule,
     checked_scheduled_rate,
 )
-from dropbp_fx.policy.values import as_float, shown
+from dropbp_fx.values import as_float, shown
 
 _KINDS = {"Ramp": Ramp, "LateRamp": LateRamp, "Steps": Steps}
 _PLACES = tuple(k / 10 for k in range(11))

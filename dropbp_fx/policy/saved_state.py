@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from dropbp_fx.policy.branches import Branch
-from dropbp_fx.policy.ramps import RateSchedule, ScheduleName
-from dropbp_fx.policy.running import SavedAverage
 from dropbp_fx.policy.saved_schedule import restored_schedule, schedule_as_data
-from dropbp_fx.policy.sensitivity import Metric, Sensitivity
-from dropbp_fx.policy.values import LARGEST_COUNT, SEED_BITS, as_float, as_int, shown
+from dropbp_fx.policy.schedules import RateSchedule, ScheduleName
+from dropbp_fx.policy.units import Granularity
+from dropbp_fx.sensitivity.running import SavedAverage
+from dropbp_fx.sensitivity.sensitivity import Metric, Sensitivity
+from dropbp_fx.values import LARGEST_COUNT, SEED_BITS, as_float, as_int, shown
 
-Granularity = Literal["branch", "layer"]
 STATE_VERSION = 3
 _REMEDY = "Pass what state_dict() returned, unchanged."
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedState:
-    """Everything that later draws depend on, apart from the backend's configuration.
+    """Everything that later patterns depend on, apart from the backend's configuration.
 
     Attributes:
         rate: the model's rate.
@@ -32,8 +32,8 @@ class SavedState:
         running: averages that a running estimate is made from.
         reallocated: the round at which rates were last re-allocated.
         granularity: of the backend.
-        seed: ``None`` before the first draw, if none was given.
-        rounds: how many were drawn.
+        seed: ``None`` before the first pattern, if none was given.
+        rounds: how many were sampled.
         forwards: how many there were.
         branches: in the order of their indices.
     """

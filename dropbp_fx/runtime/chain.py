@@ -30,7 +30,7 @@ _HELD_BACK = 2**26
 
 
 @dataclasses.dataclass(slots=True)
-class _Link:
+class _ChainedStep:
     """One region in a chain.
 
     Attributes:
@@ -69,17 +69,17 @@ class Chain:
     """
 
     def __init__(self, steps: Sequence[Step], needed: Collection[int]) -> None:
-        self._links = [_link(step) for step in steps]
-        made = {slot for link in self._links for slot in link.outputs}
-        wanted = dict.fromkeys(slot for link in self._links for slot in link.graded if slot is not None)
-        wanted.update(dict.fromkeys(source for link in self._links for _, source in link.passed))
+        self._steps = [_chained_step(step) for step in steps]
+        made = {slot for step in self._steps for slot in step.outputs}
+        wanted = dict.fromkeys(slot for step in self._steps for slot in step.graded if slot is not None)
+        wanted.update(dict.fromkeys(source for step in self._steps for _, source in step.passed))
         #: Slots of values from before the chain that get a gradient from it.
         self.wanted = tuple(slot for slot in wanted if slot not in made)
         #: Slots of the values it hands on that carry a gradient.
-        carrying = {slot for link in self._links for _, slot, _ in link.tangents}
-        carrying |= {slot for link in self._links for slot, _ in link.passed}
+        carrying = {slot for step in self._steps for _, slot, _ in step.tangents}
+        carrying |= {slot for step in self._steps for slot, _ in step.passed}
         self.carrying = tuple(
-            slot for link in self._links for slot in link.outputs if slot in needed and slot in carrying
+            slot for step in self._steps for slot in step.outputs if slot in needed and slot in carrying
         )
         codes = [step.flat for step in steps if step.flat is not None and not step.forward_only]
         self._deterministic = all(code.deterministic for code in codes)
@@ -99,21 +99,21 @@ class Chain:
         """Run the forwards; for each region that has a backward what it saved."""
         saved: list[Sequence[Any]] = []
         with _no_autocast():
-            for link in self._links:
-                arguments = [values[slot] for slot in link.inputs]
-                for slot in link.dead:
+            for step in self._steps:
+                arguments = [values[slot] for slot in step.inputs]
+                for slot in step.dead:
                     values[slot] = None
-                made = link.forward(arguments)
-                count = len(link.outputs)
-                if link.backward is not None:
+                made = step.forward(arguments)
+                count = len(step.outputs)
+                if step.backward is not None:
                     saved.append(made[count:])
-                for slot, value in zip(link.outputs, made[:count] if len(made) > count else made, strict=True):
+                for slot, value in zip(step.outputs, made[:count] if len(made) > count else made, strict=True):
                     values[slot] = value
-                for position in link.unsafe_views:
-                    slot = link.outputs[position]
+                for position in step.unsafe_views:
+                    slot = step.outputs[position]
                     values[slot] = _torch.unsafe_view(values[slot])
-                for slot in link.dead:
-                    if slot in link.outputs:
+                for slot in step.dead:
+                    if slot in step.outputs:
                         values[slot] = None
         return saved
 
@@ -138,30 +138,30 @@ class Chain:
             again: what was saved may be needed once more.
         """
         with _no_autocast():
-            for link in reversed(self._links):
-                if link.backward is None:
-                    for slot, source in link.passed:
+            for step in reversed(self._steps):
+                if step.backward is None:
+                    for slot, source in step.passed:
                         _add(gradients, source, gradients.pop(slot, None))
                     continue
                 arguments = saved.pop()
-                defined = [position for position, slot, _ in link.tangents if slot in gradients]
+                defined = [position for position, slot, _ in step.tangents if slot in gradients]
                 if not defined:
                     continue
                 if again:
-                    for position in link.donated:
+                    for position in step.donated:
                         arguments[position] = exact_copy(arguments[position])
-                for _, slot, like in link.tangents:
+                for _, slot, like in step.tangents:
                     arguments.append(_as_expected(gradients.pop(slot, None), like))
-                targets = link.graded
-                if len(defined) < len(link.tangents) and link.undefined is not None:
-                    reached = link.undefined.reached(defined)
+                targets = step.graded
+                if len(defined) < len(step.tangents) and step.undefined is not None:
+                    reached = step.undefined.reached(defined)
                     targets = tuple(slot if k in reached else None for k, slot in enumerate(targets))
-                for target, gradient in zip(targets, link.backward(arguments), strict=True):
+                for target, gradient in zip(targets, step.backward(arguments), strict=True):
                     if target is not None:
                         _add(gradients, target, gradient)
 
 
-def _link(step: Step) -> _Link:
+def _chained_step(step: Step) -> _ChainedStep:
     code = step.flat
     assert code is not None
     forward_only = step.forward_only or code.backward is None
@@ -169,7 +169,7 @@ def _link(step: Step) -> _Link:
     if not forward_only:
         with_gradient = set(code.graded)
         graded = [slot if position in with_gradient else None for position, slot in enumerate(step.inputs)]
-    return _Link(
+    return _ChainedStep(
         inputs=step.inputs,
         outputs=step.outputs,
         dead=step.dead,
@@ -181,7 +181,7 @@ def _link(step: Step) -> _Link:
         else tuple((j, step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True)),
         undefined=step.undefined,
         graded=tuple(graded),
-        passed=tuple((step.outputs[position], source) for position, source in step.links),
+        passed=tuple((step.outputs[position], source) for position, source in step.passed),
         donated=code.donated,
     )
 
@@ -199,7 +199,7 @@ def chained(steps: Sequence[Step], held_back: Sequence[int], returned: Collectio
     for step in reversed(steps):
         needed_after.append(set(needed))
         needed.update(step.inputs)
-        needed.update(source for _, source in step.links)
+        needed.update(source for _, source in step.passed)
     needed_after.reverse()
     parts: list[Chain | Step] = []
     for first, last in _runs(steps, held_back):

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from dropbp_fx import _torch
 from dropbp_fx.graph.regions import Region, RegionProgram
-from dropbp_fx.runtime.calibration import Calibration
-from dropbp_fx.runtime.captured import CapturedGraph
 from dropbp_fx.runtime.chain import Chain, chained
 from dropbp_fx.runtime.copies import exact_copy
-from dropbp_fx.runtime.instances import Instances
-from dropbp_fx.runtime.observation import Observation
-from dropbp_fx.runtime.plan import Step
-from dropbp_fx.runtime.recompute import Drawn, PatternMemory
+from dropbp_fx.runtime.per_module import PerModule
+from dropbp_fx.runtime.plan import Planner, Step
+from dropbp_fx.runtime.recompute import PatternMemory, SampledPattern
 from dropbp_fx.runtime.stored import StoredValues
+from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.runtime.writeback import write_back
 
 #: Plans are a few microseconds to look up and a few hundred to make; random patterns of deep models seldom recur.
@@ -30,27 +28,47 @@ _PLANS_KEPT = 256
 _EXHAUSTIVE_BRANCHES = 3
 
 
-class Policy(Protocol):
+class Watcher(Protocol):
+    """Runs the regions of an observed forward one by one, and stands between them in the backward."""
+
+    def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
+        """Run a training step's region, whose branches have these indices in the backend's table; its outputs."""
+        ...
+
+
+class Calibrating(Watcher, Protocol):
+    """The same for a calibration, whose forwards leave no trace."""
+
+    def keep(self, original: Tensor) -> None:
+        """Remember what a tensor holds."""
+        ...
+
+    def protect(self, step: Step, variants: RegionVariants, values: Sequence[Any]) -> None:
+        """Remember what a region is about to overwrite."""
+        ...
+
+
+class PatternSource(Protocol):
     """What one graph's forwards ask whoever decides over them. Branches go by their number in ``Region.branches``."""
 
-    def draw(self) -> Drawn:
+    def sample(self) -> SampledPattern:
         """What the forward about to run does; called once a forward."""
         ...
 
-    def observation(self) -> Observation | None:
-        """Whoever watches the forward that was just drawn."""
+    def observation(self) -> Watcher | None:
+        """Whoever watches the forward that was just sampled."""
         ...
 
     def index(self, branch: int) -> int:
         """The branch's index in the backend's table."""
         ...
 
-    def calibration(self) -> Calibration | None:
+    def calibration(self) -> Calibrating | None:
         """The calibration that the forward about to run is part of."""
         ...
 
 
-class _GradientLink(torch.autograd.Function):
+class _GradientEdge(torch.autograd.Function):
     """``output`` carries ``source``'s gradient: what a region whose branches are all dropped does in the backward."""
 
     @staticmethod
@@ -75,25 +93,22 @@ class RegionRunner:
     """The callable that Dynamo runs in place of a training graph.
 
     Args:
-        graph: its regions and their variants.
-        policies: asked at each forward, for the module that the graph then runs for.
+        planner: knows the graph's regions and their variants, and what they do in any pattern.
+        sources: asked at each forward, for the module that the graph then runs for.
+        below: whether patterns may leave untrained what runs before the lowest kept branch.
     """
 
-    def __init__(
-        self,
-        graph: CapturedGraph,
-        policies: Instances[Policy],
-    ) -> None:
-        self._program = graph.program
-        self._writes = graph.program.writes
-        self._variants = graph.variants
-        self._planner = graph.planner
-        self._below = graph.below
-        self._policies = policies
+    def __init__(self, planner: Planner, sources: PerModule[PatternSource], *, below: bool) -> None:
+        self._planner = planner
+        self._program = planner.program
+        self._writes = planner.program.writes
+        self._variants = planner.variants
+        self._below = below
+        self._sources = sources
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory()
         self._plans: collections.OrderedDict[tuple[frozenset[int], bool], _Plan] = collections.OrderedDict()
-        self._held_back = [_gradient_bytes(graph.program, region) for region in graph.program.regions]
+        self._held_back = [_gradient_bytes(planner.program, region) for region in planner.program.regions]
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
@@ -102,14 +117,14 @@ class RegionRunner:
                 "Forward-mode AD is not supported for a compiled model: compiled code computes no tangents, so those of its "
                 "inputs or parameters would be lost. Call the eager model, or use torch.func.jvp, which runs it eagerly."
             )
-        policy = self._policies.of(arguments)
-        calibration = policy.calibration()
+        source = self._sources.of(arguments)
+        calibration = source.calibration()
         if calibration is not None:
-            return self._calibrate(calibration, policy, arguments)
-        drawn, observation = self._drawn(policy)
-        plan = self._plan(drawn.dropped, drawn.below)
+            return self._calibrate(calibration, source, arguments)
+        pattern, observation = self._pattern(source)
+        plan = self._plan(pattern.dropped, pattern.below)
         written = [arguments[position] for position in self._writes.arguments]
-        values = self._values(arguments, drawn.scales)
+        values = self._values(arguments, pattern.scales)
         del arguments
         leaves = [] if plan.stored is None else plan.stored.leaves(values)
         if observation is None and not _torch.saved_tensor_hooks_are_set():
@@ -123,13 +138,13 @@ class RegionRunner:
                 if observation is None or step.forward_only:
                     _run_step(step, values)
                 else:
-                    self._run_behind_border(step, policy, values, observation)
+                    self._run_watched(step, source, values, observation)
         if plan.stored is not None:
             plan.stored.refuse_gradients(values, leaves)
         return self._outputs(values, written)
 
-    def _calibrate(self, calibration: Calibration, policy: Policy, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """Run with nothing dropped, every region behind a border that ``calibration`` drives."""
+    def _calibrate(self, calibration: Calibrating, source: PatternSource, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Run with nothing dropped, every region isolated, and driven by ``calibration``."""
         written = [arguments[position] for position in self._writes.arguments]
         for value in written:
             calibration.keep(value)
@@ -140,13 +155,11 @@ class RegionRunner:
             if step.forward_only:
                 _run_step(step, values)
             else:
-                self._run_behind_border(step, policy, values, calibration)
+                self._run_watched(step, source, values, calibration)
         return self._outputs(values, written)
 
-    def _run_behind_border(
-        self, step: Step, policy: Policy, values: list[Any], watcher: Calibration | Observation
-    ) -> None:
-        branches = tuple(policy.index(branch) for branch in self._program.regions[step.region].branches)
+    def _run_watched(self, step: Step, source: PatternSource, values: list[Any], watcher: Watcher) -> None:
+        branches = tuple(source.index(branch) for branch in self._program.regions[step.region].branches)
         made = watcher.run(step, self._variants[step.region], branches, values)
         for slot, value in zip(step.outputs, made, strict=True):
             values[slot] = value
@@ -174,14 +187,14 @@ class RegionRunner:
         outputs = tuple(values[slot] if isinstance(slot, int) else slot[0] for slot in self._program.outputs)
         return write_back(self._writes, written, outputs) if written else outputs
 
-    def _drawn(self, policy: Policy) -> tuple[Drawn, Observation | None]:
+    def _pattern(self, source: PatternSource) -> tuple[SampledPattern, Watcher | None]:
         around = _torch.running_checkpoints()
-        drawn, observation = self._memory.recall(around), None
-        if drawn is None:
-            drawn = policy.draw()
-            observation = policy.observation()
-        self._memory.note(around, drawn)
-        return drawn, observation
+        pattern, observation = self._memory.recall(around), None
+        if pattern is None:
+            pattern = source.sample()
+            observation = source.observation()
+        self._memory.note(around, pattern)
+        return pattern, observation
 
     def warmup(self) -> None:
         """Compile the variants of every region for every subset of its branches, the rest of the model kept, and those that
@@ -236,7 +249,7 @@ def _gradient_bytes(program: RegionProgram, region: Region) -> int:
 
 def _run_step(step: Step, values: list[Any]) -> None:
     inputs = [values[slot] for slot in step.inputs]
-    sources = [values[slot] for _, slot in step.links]
+    sources = [values[slot] for _, slot in step.passed]
     for slot in step.dead:
         values[slot] = None
     if not step.forward_only:
@@ -248,8 +261,8 @@ def _run_step(step: Step, values: list[Any]) -> None:
         step.undefined.watch(inputs, outputs)
     for slot, value in zip(step.outputs, outputs, strict=True):
         values[slot] = value
-    for (position, _), source in zip(step.links, sources, strict=True):
-        values[step.outputs[position]] = _GradientLink.apply(source, outputs[position])
+    for (position, _), source in zip(step.passed, sources, strict=True):
+        values[step.outputs[position]] = _GradientEdge.apply(source, outputs[position])
     for slot in step.dead:
         if slot in step.outputs:
             values[slot] = None

@@ -41,7 +41,7 @@ class Step(NamedTuple):
         outputs: slots to write.
         dead: slots nobody reads after this step.
         forward_only: run without recording gradients.
-        links: pairs (output position, earlier slot): that output's gradient is that slot's gradient.
+        passed: pairs (output position, earlier slot): that output's gradient is that slot's gradient.
         region: number of the region in the program.
         key: what the training variant drops, ``None`` for a region that runs forward-only.
         undefined: tells gradients that do not exist from zero ones, where the caller may leave an output unused.
@@ -53,7 +53,7 @@ class Step(NamedTuple):
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
     forward_only: bool
-    links: tuple[tuple[int, int], ...]
+    passed: tuple[tuple[int, int], ...]
     region: int
     key: VariantKey | None
     undefined: UndefinedGradients | None
@@ -67,13 +67,13 @@ class Decision(NamedTuple):
         key: the training variant to run, ``None`` to run forward-only.
         dropped: labels of the region's gates that are dropped.
         live: outputs that receive a gradient.
-        links: pairs (output position, input slot) of a forward-only region: that output's gradient is that input's.
+        passed: pairs (output position, input slot) of a forward-only region: that output's gradient is that input's.
     """
 
     key: VariantKey | None
     dropped: frozenset[int]
     live: frozenset[int]
-    links: tuple[tuple[int, int], ...]
+    passed: tuple[tuple[int, int], ...]
 
 
 class _Flow(NamedTuple):
@@ -96,13 +96,13 @@ class _Role(NamedTuple):
     Attributes:
         key: the training variant, ``None`` for forward-only.
         live: the outputs that do.
-        links: pairs (output, input) of a forward-only region: gradients that it hands on.
+        passed: pairs (output, input) of a forward-only region: gradients that it hands on.
         reached: the inputs that get a gradient.
     """
 
     key: VariantKey | None
     live: frozenset[int]
-    links: tuple[tuple[int, int], ...]
+    passed: tuple[tuple[int, int], ...]
     reached: frozenset[int]
 
 
@@ -131,21 +131,21 @@ class _Situations:
         if found is None:
             flow = self.flow(dropped, required, len(live))
             mine = frozenset(j for j, gets in enumerate(live) if gets and flow.required[j])
-            links = self._links(dropped, mine)
-            key = None if links is not None else (dropped, flow.without, self._flow.differentiable - mine)
+            passed = self._passed(dropped, mine)
+            key = None if passed is not None else (dropped, flow.without, self._flow.differentiable - mine)
             reached = frozenset[int]().union(*(flow.sources[j] for j in mine))
-            found = self._roles[dropped, required, live] = _Role(key, mine, links or (), reached)
+            found = self._roles[dropped, required, live] = _Role(key, mine, passed or (), reached)
         return found
 
-    def _links(self, dropped: frozenset[int], live: frozenset[int]) -> tuple[tuple[int, int], ...] | None:
+    def _passed(self, dropped: frozenset[int], live: frozenset[int]) -> tuple[tuple[int, int], ...] | None:
         """How gradients go round a region that computes none; ``None`` if it has to compute some."""
-        links: list[tuple[int, int]] = []
+        passed: list[tuple[int, int]] = []
         for j in sorted(live):
             source = self._flow.passes_through(j, dropped)
             if source is None:
                 return None
-            links.append((j, source))
-        return tuple(links)
+            passed.append((j, source))
+        return tuple(passed)
 
 
 class Planner:
@@ -157,12 +157,12 @@ class Planner:
     """
 
     def __init__(self, program: RegionProgram, variants: Sequence[RegionVariants]) -> None:
-        self._program = program
-        self._variants = tuple(variants)
+        self.program = program
+        self.variants = tuple(variants)
         situations: dict[int, _Situations] = {}
-        for region, variant in zip(program.regions, self._variants, strict=True):
+        for region, variant in zip(program.regions, self.variants, strict=True):
             situations.setdefault(id(variant), _Situations(variant, region.examples))
-        self._situations = [situations[id(variant)] for variant in self._variants]
+        self._situations = [situations[id(variant)] for variant in self.variants]
         self._required = [False] * program.slots
         for slot, example in zip(program.inputs, program.examples, strict=True):
             self._required[slot] = isinstance(example, torch.Tensor) and example.requires_grad
@@ -174,8 +174,8 @@ class Planner:
         """For every region what the pattern makes of it (arguments as in :meth:`plan`); compiles nothing."""
         labels, roles, _ = self._roles(dropped, below)
         return tuple(
-            Decision(role.key, label, role.live, tuple((j, region.inputs[k]) for j, k in role.links))
-            for region, label, role in zip(self._program.regions, labels, roles, strict=True)
+            Decision(role.key, label, role.live, tuple((j, region.inputs[k]) for j, k in role.passed))
+            for region, label, role in zip(self.program.regions, labels, roles, strict=True)
         )
 
     def reached(self, dropped: Collection[int]) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ class Planner:
         untrained = self._untrained(labels) if below else 0
         before = self._reach(labels, lambda flow: flow.detached_sources, untrained)
         after = self._reach(labels, lambda flow: flow.sources, untrained)
-        inputs = self._program.inputs
+        inputs = self.program.inputs
         return tuple(
             StoredValue(slot, tuple(inputs[k] for k in range(len(inputs)) if lost >> k & 1))
             for slot in sorted(self._returned)
@@ -206,7 +206,7 @@ class Planner:
         """For each region the branches of its own that are dropped."""
         return [
             frozenset(local for local, branch in enumerate(region.branches) if branch in dropped)
-            for region in self._program.regions
+            for region in self.program.regions
         ]
 
     def _reach(
@@ -219,11 +219,11 @@ class Planner:
             sources: what tells the inputs of a region that get a gradient from one of its outputs.
             untrained: how many of the first regions hand on none.
         """
-        reach = [0] * self._program.slots
-        for position, slot in enumerate(self._program.inputs):
+        reach = [0] * self.program.slots
+        for position, slot in enumerate(self.program.inputs):
             reach[slot] = 1 << position if self._required[slot] else 0
         for number, (region, variant, label) in enumerate(
-            zip(self._program.regions, self._variants, labels, strict=True)
+            zip(self.program.regions, self.variants, labels, strict=True)
         ):
             found = sources(variant.flow)
             for output, slot in enumerate(region.outputs):
@@ -239,14 +239,14 @@ class Planner:
             below: where the first branch is dropped, train nothing that runs before the first one that is kept.
             repeatable: the backward of every region may run more than once.
         """
-        regions = self._program.regions
+        regions = self.program.regions
         labels, roles, live = self._roles(dropped, below)
         several_outputs = sum(live[slot] or self._required[slot] for slot in self._returned) > 1
-        links = self._merged_links(roles)
-        dead = self._dead(links)
+        passed = self._merged_passed(roles)
+        dead = self._dead(passed)
         steps: list[Step] = []
         for number, (region, variant, label, role) in enumerate(
-            zip(regions, self._variants, labels, roles, strict=True)
+            zip(regions, self.variants, labels, roles, strict=True)
         ):
             undefined = None
             if role.key is None:
@@ -262,7 +262,7 @@ class Planner:
                     region.outputs,
                     dead[number],
                     role.key is None,
-                    links.get(number, ()),
+                    passed.get(number, ()),
                     number,
                     role.key,
                     undefined,
@@ -273,7 +273,7 @@ class Planner:
 
     def _roles(self, dropped: Collection[int], below: bool) -> tuple[list[frozenset[int]], list[_Role], list[bool]]:
         """For each region its dropped labels and its role; for each slot whether it receives a gradient."""
-        regions = self._program.regions
+        regions = self.program.regions
         labels = self._labels(dropped)
         required = self._required.copy()
         untrained = self._untrained(labels) if below else 0
@@ -284,7 +284,7 @@ class Planner:
             flow = situations.flow(label, mine, len(region.outputs))
             for slot, requires in zip(region.outputs, flow.required, strict=True):
                 required[slot] = requires and number >= untrained
-        live = [False] * self._program.slots
+        live = [False] * self.program.slots
         for slot in self._returned:
             live[slot] = required[slot]
         roles: list[_Role] = []
@@ -300,16 +300,16 @@ class Planner:
 
     def _untrained(self, labels: Sequence[frozenset[int]]) -> int:
         """How many regions come before the one of the first kept branch; none if the lowest branch of all is kept."""
-        regions = self._program.regions
+        regions = self.program.regions
         holding = [number for number, region in enumerate(regions) if region.branches]
         if not holding or 0 not in labels[holding[0]]:
             return 0
         kept = (number for number in holding if len(labels[number]) < len(regions[number].branches))
         return next(kept, holding[-1] + 1)
 
-    def _merged_links(self, roles: Sequence[_Role]) -> dict[int, tuple[tuple[int, int], ...]]:
-        """Lead links past the regions in between, and leave out those that no gradient-carrying region reads."""
-        regions = self._program.regions
+    def _merged_passed(self, roles: Sequence[_Role]) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Lead gradients past the regions in between, and leave out those that no gradient-carrying region reads."""
+        regions = self.program.regions
         carriers = set(self._returned)
         for region, role in zip(regions, roles, strict=True):
             if role.key is not None:
@@ -317,21 +317,21 @@ class Planner:
         origin: dict[int, int] = {}
         merged: dict[int, tuple[tuple[int, int], ...]] = {}
         for number, (region, role) in enumerate(zip(regions, roles, strict=True)):
-            links: list[tuple[int, int]] = []
-            for position, source in role.links:
+            passed: list[tuple[int, int]] = []
+            for position, source in role.passed:
                 slot, source_slot = region.outputs[position], region.inputs[source]
                 origin[slot] = origin.get(source_slot, source_slot)
                 if slot in carriers:
-                    links.append((position, origin.pop(slot)))  # from here on the slot carries its gradient itself
-            if links:
-                merged[number] = tuple(links)
+                    passed.append((position, origin.pop(slot)))  # from here on the slot carries its gradient itself
+            if passed:
+                merged[number] = tuple(passed)
         return merged
 
-    def _dead(self, links: dict[int, tuple[tuple[int, int], ...]]) -> list[tuple[int, ...]]:
-        """The slots that die at each step; where a link leads from lives until the link is made."""
+    def _dead(self, passed: dict[int, tuple[tuple[int, int], ...]]) -> list[tuple[int, ...]]:
+        """The slots that die at each step; the source of a passed gradient lives until it is connected."""
         dead = list(self._dying)
-        for number in sorted(links):
-            for _, slot in links[number]:
+        for number in sorted(passed):
+            for _, slot in passed[number]:
                 before = self._last_reads.get(slot)
                 if before is not None and before < number:
                     at = next(n for n in range(before, number) if slot in dead[n])
@@ -342,7 +342,7 @@ class Planner:
     def _undefined_gradients(self, number: int, label: frozenset[int], live: frozenset[int]) -> UndefinedGradients:
         found = self._undefined.get((number, label, live))
         if found is None:
-            found = UndefinedGradients(self._variants[number].flow, label, live)
+            found = UndefinedGradients(self.variants[number].flow, label, live)
             self._undefined[number, label, live] = found
         return found
 

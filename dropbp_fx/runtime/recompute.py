@@ -1,7 +1,7 @@
 """Give a recomputed forward the pattern of the forward it repeats.
 
 Non-reentrant ``torch.utils.checkpoint`` around a compiled block runs the block again during the backward. Were a new
-pattern drawn then, gradients would be wrong. PyTorch keeps one object for a checkpoint's forward and its recomputations,
+pattern sampled then, gradients would be wrong. PyTorch keeps one object for a checkpoint's forward and its recomputations,
 so the patterns are noted with it, in the order in which the checkpointed function ran compiled graphs. A forward inside a
 backward that is no part of such a recomputation (reentrant checkpoints, whose first run is without gradients) draws like
 any other.
@@ -19,7 +19,7 @@ from dropbp_fx import _torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class SampledPattern:
     """What one forward of one graph does.
 
     Attributes:
@@ -37,11 +37,11 @@ class PatternMemory:
     """The patterns of one compiled graph's forwards inside of checkpoints, for as long as the checkpoints exist."""
 
     def __init__(self) -> None:
-        self._drawn: weakref.WeakKeyDictionary[Any, list[Drawn]] = weakref.WeakKeyDictionary()  # by frame
+        self._patterns: weakref.WeakKeyDictionary[Any, list[SampledPattern]] = weakref.WeakKeyDictionary()  # by frame
         self._repeated: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by run: calls so far
         self._lock = threading.Lock()
 
-    def recall(self, around: Sequence[_torch.CheckpointCall]) -> Drawn | None:
+    def recall(self, around: Sequence[_torch.CheckpointCall]) -> SampledPattern | None:
         """The pattern of the forward that the present one repeats, ``None`` if it repeats none.
 
         Args:
@@ -56,19 +56,19 @@ class PatternMemory:
         with self._lock:
             number = self._repeated.get(again.run, 0)
             self._repeated[again.run] = number + 1
-            drawn = self._drawn.get(again.frame, ())
-            if number < len(drawn):
-                return drawn[number]
+            patterns = self._patterns.get(again.frame, ())
+            if number < len(patterns):
+                return patterns[number]
         raise RuntimeError(
             f"A checkpointed function runs a compiled block for the {number + 1}. time when it is recomputed, and ran it "
-            f"{len(drawn)} times in its forward, so the pattern of that forward cannot be told. Let the function do the "
+            f"{len(patterns)} times in its forward, so the pattern of that forward cannot be told. Let the function do the "
             "same in both, and Dynamo not compile anew in between; or compile the model with the checkpoints inside."
         )
 
-    def note(self, around: Sequence[_torch.CheckpointCall], drawn: Drawn) -> None:
+    def note(self, around: Sequence[_torch.CheckpointCall], pattern: SampledPattern) -> None:
         """Remember what a forward does for the checkpoints it is the first or another run of."""
         for call in around:
             if call.recomputes:
                 return
             with self._lock:
-                self._drawn.setdefault(call.frame, []).append(drawn)
+                self._patterns.setdefault(call.frame, []).append(pattern)

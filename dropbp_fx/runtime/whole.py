@@ -6,24 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from dropbp_fx import _torch
-from dropbp_fx.runtime.dispatch import Policy
-from dropbp_fx.runtime.instances import Instances
+from dropbp_fx.runtime.dispatch import PatternSource
+from dropbp_fx.runtime.per_module import PerModule
 
 
 class WholeRunner:
-    """The callable that Dynamo runs in place of such a graph: the policy hears of its forwards.
+    """The callable that Dynamo runs in place of such a graph: whoever samples patterns hears of its forwards.
 
     Args:
         compiled: the graph, compiled as ``torch.compile`` would.
-        policies: told of each forward, for the module that the graph then runs for.
+        sources: told of each forward, for the module that the graph then runs for.
     """
 
-    def __init__(self, compiled: Callable[..., Any], policies: Instances[Policy]) -> None:
+    def __init__(self, compiled: Callable[..., Any], sources: PerModule[PatternSource]) -> None:
         self._compiled = compiled
-        self._policies = policies
+        self._sources = sources
 
     def __call__(self, *arguments: Any) -> Any:
-        policy = self._policies.of(arguments)
-        if policy.calibration() is None and not any(call.recomputes for call in _torch.running_checkpoints()):
-            policy.draw()
+        source = self._sources.of(arguments)
+        if source.calibration() is None and not any(call.recomputes for call in _torch.running_checkpoints()):
+            source.sample()
         return self._compiled(*arguments)

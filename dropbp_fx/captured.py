@@ -11,7 +11,7 @@ from dropbp_fx.graph.naming import BranchName
 from dropbp_fx.graph.regions import RegionProgram
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.presence import Leaves, Presence, leaves_of
-from dropbp_fx.runtime.instances import Anchors
+from dropbp_fx.runtime.per_module import IdentifyingParameters
 from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
 
@@ -24,7 +24,7 @@ class MetBranches:
         branches: as in the backend's table, in the graph's order.
         names: seen from that module.
         droppable: positions of those that this graph may drop.
-        anchors: tell other modules apart that the graph serves.
+        identifying: tell other modules apart that the graph serves.
         prefix: where that module is in its model.
         model: the number of that model.
         presence: what the graph says of its branches there.
@@ -37,7 +37,7 @@ class MetBranches:
     branches: tuple[Branch, ...]
     names: tuple[BranchName, ...]
     droppable: tuple[int, ...]
-    anchors: Anchors
+    identifying: IdentifyingParameters
     prefix: str
     model: int
     presence: Presence

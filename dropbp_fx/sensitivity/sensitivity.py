@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tabulate import tabulate
 
-from dropbp_fx.policy.values import LARGEST_COUNT, as_int, shown
+from dropbp_fx.values import LARGEST_COUNT, as_int, shown
 
 Metric = Literal["gradnorm", "gradient"]
 

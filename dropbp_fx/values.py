@@ -67,6 +67,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 
+def in_words(value: Any) -> str:
+    """A value in words that are equal in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def _numpy_scalar(value: Any) -> Any:
     """The scalar in a numpy array without dimensions; anything else as it is."""
     numpy = sys.modules.get("numpy")

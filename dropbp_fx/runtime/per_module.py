@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Anchors:
+class IdentifyingParameters:
     """Inputs of a graph that tell which module it runs for.
 
     Attributes:
@@ -32,26 +32,28 @@ class Anchors:
         return tuple([arguments[position] for position in self.positions])
 
 
-class Instances(Generic[T]):
+class PerModule(Generic[T]):
     """What belongs to each module that a graph serves, such as its policy.
 
     Args:
-        anchors: where the modules' parameters are among the arguments; if there are none, all modules are one.
+        identifying: where the modules' parameters are among the arguments; if there are none, all modules are one.
         first: what belongs to the module that the graph was compiled for.
         enter: finds or makes what belongs to the module of the parameters it is given, with all arguments of the call.
     """
 
-    def __init__(self, anchors: Anchors, first: T, enter: Callable[[Sequence[Tensor], Sequence[Any]], T]) -> None:
-        self._anchors = anchors
+    def __init__(
+        self, identifying: IdentifyingParameters, first: T, enter: Callable[[Sequence[Tensor], Sequence[Any]], T]
+    ) -> None:
+        self._identifying = identifying
         self._first = first
         self._enter = enter
         self._known: dict[tuple[int, ...], tuple[tuple[weakref.ref[Tensor], ...], T]] = {}
 
     def of(self, arguments: Sequence[Any]) -> T:
         """What belongs to the module that the graph is called for."""
-        if not self._anchors.positions:
+        if not self._identifying.positions:
             return self._first
-        parameters = self._anchors.of(arguments)
+        parameters = self._identifying.of(arguments)
         key = tuple(map(id, parameters))
         known = self._known.get(key)
         if known is not None and all(reference() is p for reference, p in zip(known[0], parameters, strict=True)):

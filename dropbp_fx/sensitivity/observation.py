@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from dropbp_fx import _torch
-from dropbp_fx.policy.running import Observed
-from dropbp_fx.policy.schedule import Schedule
-from dropbp_fx.policy.sensitivity import Sensitivity
-from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.sensitivity.isolated import Gradients, RegionRecord, run_isolated
+from dropbp_fx.sensitivity.running import Observed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sighting:
+class _RegionNorms:
     """Squared norms that one region's backward showed, on the device.
 
     Attributes:
@@ -45,41 +43,41 @@ class _Sighting:
 
 
 class Observation:
-    """Drives the borders of one step."""
+    """Drives the isolated regions of one step."""
 
     def __init__(self) -> None:
         self.anchor = torch.zeros((), device="cpu", requires_grad=True)
-        self._met_a_branch = False
-        self._sightings: list[_Sighting] = []
-        self._stem: list[_Sighting] = []
+        self._found_a_branch = False
+        self._of_regions: list[_RegionNorms] = []
+        self._stem: list[_RegionNorms] = []
 
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
-        """Run a training step's region behind a border."""
+        """Run a training step's region isolated."""
         record, outputs = run_isolated(step, variants, branches, values, self)
-        self._met_a_branch = self._met_a_branch or bool(branches)
-        record.before_branches = not self._met_a_branch
+        self._found_a_branch = self._found_a_branch or bool(branches)
+        record.before_branches = not self._found_a_branch
         return outputs
 
     def backward(self, record: RegionRecord, tangents: Sequence[Tensor | None]) -> Gradients:
         """Pass the gradients on; note norms."""
         gradients = record.gradients(tangents, retain=_torch.keeps_graph())
         if record.branches or record.before_branches:
-            sighting = _sighting(record, tangents, dict(zip(record.wanted, gradients, strict=True)))
-            (self._stem if record.before_branches else self._sightings).append(sighting)
+            norms = _norms(record, tangents, dict(zip(record.wanted, gradients, strict=True)))
+            (self._stem if record.before_branches else self._of_regions).append(norms)
         return gradients
 
     def read(self) -> tuple[dict[int, Observed], float | None]:
         """What the step showed of its branches (by index) and of the stem. Waits for the device."""
         found: dict[int, Observed] = {}
-        for sighting in self._sightings:
-            found.update(_observed(sighting))
+        for norms in self._of_regions:
+            found.update(_observed(norms))
         stem = [_total(s.rest) / arriving for s in self._stem if (arriving := _total(s.arriving))]
         return found, math.fsum(stem) if stem else None
 
 
-def _sighting(
+def _norms(
     record: RegionRecord, tangents: Sequence[Tensor | None], gradients: dict[int, Tensor | None]
-) -> _Sighting:
+) -> _RegionNorms:
     dropped = record.step.key[0] if record.step.key is not None else frozenset()
     own: dict[int, list[Tensor]] = {}
     rest = dict.fromkeys(record.weights)
@@ -96,7 +94,7 @@ def _sighting(
             leaving = None if source is None else gradients.get(source)
             if arriving is not None and leaving is not None:
                 change = _squares([leaving - arriving])[0]
-    return _Sighting(
+    return _RegionNorms(
         branches={branch: label in dropped for label, branch in enumerate(record.branches)},
         own=own,
         rest=_squares([gradients[k] for k in rest]),
@@ -112,80 +110,29 @@ def _squares(gradients: Sequence[Tensor | None]) -> list[Tensor]:
     return [torch.nn.utils.get_total_norm(present).double().square()] if present else []
 
 
-def _observed(sighting: _Sighting) -> dict[int, Observed]:
+def _observed(norms: _RegionNorms) -> dict[int, Observed]:
     """Ratios of the norms; a region of several branches shares its ratios out evenly among them."""
-    arriving, leaving = _total(sighting.arriving), _total(sighting.leaving)
+    arriving, leaving = _total(norms.arriving), _total(norms.leaving)
     if not arriving:
         return {}
-    count = len(sighting.branches)
+    count = len(norms.branches)
     ratio = (leaving / arriving) ** (0.5 / count) if leaving else None
-    kept = not any(sighting.branches.values())
-    lost = all(sighting.branches.values())
+    kept = not any(norms.branches.values())
+    lost = all(norms.branches.values())
     change = None
     if ratio is not None and kept:
-        known = sighting.change is not None
-        square = float(sighting.change) if sighting.change is not None else max(leaving - arriving, 0.0)
+        known = norms.change is not None
+        square = float(norms.change) if norms.change is not None else max(leaving - arriving, 0.0)
         change = (square / leaving / count) ** 0.5 if known or square else None
     return {
         branch: Observed(
-            own=_total(sighting.own[branch]) / arriving if branch in sighting.own else None,
+            own=_total(norms.own[branch]) / arriving if branch in norms.own else None,
             kept=ratio if kept else None,
-            lost=ratio if lost else (1.0 if sighting.change is not None else None),
+            lost=ratio if lost else (1.0 if norms.change is not None else None),
             change=change,
         )
-        for branch in sighting.branches
+        for branch in norms.branches
     }
-
-
-class Observer:
-    """Observes some of a schedule's forwards, and re-allocates its rates when that is due."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
-        self._pending: list[tuple[int, Observation]] = []  # with the number of the round
-
-    def observation(self) -> Observation | None:
-        """Whoever watches the forward that was just drawn, ``None`` if nobody does.
-
-        A forward under saved-tensor hooks (a checkpoint's, for one) is not observed: borders would keep alive what those
-        hooks are there to free.
-        """
-        if not self._schedule.observes() or _torch.saved_tensor_hooks_are_set():
-            return None
-        number = self._schedule.round_number
-        if not self._pending or self._pending[-1][0] != number:
-            self._pending.append((number, Observation()))
-        return self._pending[-1][1]
-
-    def estimate(self) -> Sensitivity | None:
-        """The running estimate, with all that was observed up to now."""
-        self.settle()
-        self._pending.clear()
-        return self._schedule.running_estimate()
-
-    def settle(self) -> None:
-        """Add to the running estimate what was observed; forwards whose backward has yet to run stay pending."""
-        unfinished: list[tuple[int, Observation]] = []
-        for number, observation in self._pending:
-            branches, stem = observation.read()
-            if branches:
-                self._schedule.observed(branches, stem)
-            else:
-                unfinished.append((number, observation))
-        self._pending = unfinished
-
-    def forget(self) -> None:
-        """What was observed and not yet added is of a run that does not go on."""
-        self._pending.clear()
-
-    def reallocate_if_due(self) -> None:
-        """Re-allocate rates by the running estimate, once in as many forwards as the schedule wants."""
-        if not self._schedule.reallocation_due():
-            return
-        estimate = self.estimate()
-        if estimate is not None:
-            self._schedule.learn(self._schedule.ranks.mean(estimate, "a re-allocation of rates"))
-        self._schedule.reallocated()
 
 
 def _total(squares: Sequence[Tensor]) -> float:

@@ -11,33 +11,15 @@ The order of the units is drawn anew each time, so their order carries no struct
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections.abc import Sequence
 
+from dropbp_fx.policy.units import Unit
+
 _SETTLED = (
     1e-12  # a chance this close to 0 or 1 is there: far above what rounding leaves, far below any rate that matters
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """Something that is dropped as a whole: a branch, or a layer's branches together.
-
-    Attributes:
-        rate: its drop rate, in [0, 1).
-        trainable: whether it has parameters that require a gradient.
-        flops: the FLOPs of its backward, which dropping it saves; finite, at least 0, in any unit of measure.
-        layer: the layer it belongs to; empty where that is not known.
-        name: what it is called.
-    """
-
-    rate: float
-    trainable: bool
-    flops: float = 1.0
-    layer: str = ""
-    name: str = ""
 
 
 def effective_rates(units: Sequence[Unit], *, keep_one: bool = True) -> list[float]:

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dropbp_fx import _torch
-from dropbp_fx.policy.sensitivity import Metric
-from dropbp_fx.policy.values import shown
-from dropbp_fx.runtime.border import Gradients, RegionRecord, run_isolated, squared_norm
 from dropbp_fx.runtime.plan import Step
-from dropbp_fx.runtime.random_streams import RandomStreams, random_streams_kept
-from dropbp_fx.runtime.step_graph import StepGraph
 from dropbp_fx.runtime.variants import RegionVariants
+from dropbp_fx.sensitivity.isolated import Gradients, RegionRecord, run_isolated, squared_norm
+from dropbp_fx.sensitivity.random_streams import RandomStreams, random_streams_kept
+from dropbp_fx.sensitivity.sensitivity import Metric
+from dropbp_fx.sensitivity.step_graph import StepGraph
+from dropbp_fx.values import shown
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ class Calibration:
     """Drives the backward of one step; the driver of all borders that the step's forward makes.
 
     Args:
-        metric: see :class:`~dropbp_fx.policy.sensitivity.Sensitivity`.
+        metric: see :class:`~dropbp_fx.sensitivity.sensitivity.Sensitivity`.
         on_branch: called whenever a branch has been measured.
     """
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbp_fx.policy.sensitivity import Metric
-from dropbp_fx.runtime.border import RegionRecord, record_of
+from dropbp_fx.sensitivity.isolated import RegionRecord, record_of
+from dropbp_fx.sensitivity.sensitivity import Metric
 
 
 class StepGraph:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from dropbp_fx.policy.values import as_float, shown, takes
+from dropbp_fx.values import as_float, shown, takes
 
 #: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
 RateSchedule = Callable[[float], float]

@@ -26,7 +26,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from dropbp_fx.policy.sensitivity import Metric
+from dropbp_fx.sensitivity.sensitivity import Metric
 
 
 @dataclasses.dataclass(frozen=True)
