@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dropbp_fx._distributed.agreement import RankDisagreementError
-from dropbp_fx.backend import DropBPBackend, dropbp_backend
+from dropbp_fx.backend import DropBPBackend
+from dropbp_fx.entry import dropbp_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.branches import Branch

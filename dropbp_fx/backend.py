@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,16 +18,16 @@ from dropbp_fx.config import BackendConfig, checked_inductor_options
 from dropbp_fx.graph.grad_mode import start_without_gradients, switches_gradients_on
 from dropbp_fx.lowering import Lowering
 from dropbp_fx.policy.branches import Branch, checked_choice
-from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, checked_rate
+from dropbp_fx.policy.drop_policy import DropPolicy, checked_rate
 from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.rounds import checked_repeats
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_progress, checked_schedule
-from dropbp_fx.runtime.compiler import Compiler, InnerCompiler
+from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.sensitivity.calibration import calibrate
 from dropbp_fx.sensitivity.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.state import BackendState
 from dropbp_fx.summary import BackendStats, as_html, as_text
-from dropbp_fx.values import shown, takes
+from dropbp_fx.values import shown
 
 _CALIBRATION = "backend.calibrate()"
 
@@ -36,9 +35,9 @@ _CALIBRATION = "backend.calibrate()"
 class DropBPBackend:
     """A ``torch.compile`` backend that drops residual branches in the backward pass. Made by :func:`dropbp_backend`.
 
-    One backend may serve several models and graphs. Patterns are drawn for each model on its own; the branches of the second
-    model have ``@2`` behind their names, and so on in the order in which models first run or are registered. Layers that
-    are compiled one by one are told apart after :meth:`register`. Deep copies share the
+    One backend may serve several models and graphs. Patterns are sampled for each model on its own; the branches of the
+    second model have ``@2`` behind their names, and so on in the order in which models first run or are registered. Layers
+    that are compiled one by one are told apart after :meth:`register`. Deep copies share the
     original's policy and compiled code (a library that copies the backend must not part it from the handle its user
     holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
     """
@@ -85,7 +84,7 @@ class DropBPBackend:
         return Lowering(self._config, self._state, compiler)
 
     def reset(self) -> None:
-        """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and draws stay as they are."""
+        """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and patterns stay as they are."""
         self._state.variants.clear()
         self._state.runners.clear()
         self._state.graphs.clear()
@@ -167,7 +166,7 @@ class DropBPBackend:
     def register(self, model: torch.nn.Module) -> None:
         """Say which model the layers belong to that are compiled one by one.
 
-        Then the branches of all its layers are told apart and named after their place in the model, and patterns are drawn
+        Then the branches of all its layers are told apart and named after their place in the model, and patterns are sampled
         over the whole of it. Call it before the first forward::
 
             backend.register(model)
@@ -287,14 +286,7 @@ class DropBPBackend:
                 gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
-        check_calibration(step, metric, batches)
-        if not takes(step):
-            raise TypeError(
-                f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
-                "lambda: loss_of(batch), say."
-            )
-        if not isinstance(progress_bar, bool):
-            raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
+        check_calibration(step, metric, batches, progress_bar)
         samples: list[Sensitivity] = []
         table, ranks = self._state.sampler.branches, self._state.sampler.ranks
 
@@ -323,7 +315,7 @@ class DropBPBackend:
         return self._state.observer.estimate()
 
     def warmup(self) -> None:
-        """Compile every variant now that steps of a run will need, rather than when each is first drawn."""
+        """Compile every variant now that steps of a run will need, rather than when each is first sampled."""
         for runner in self._state.runners:
             runner.warmup()
 
@@ -333,7 +325,7 @@ class DropBPBackend:
         return BackendStats.of(self._state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The policy's state in plain Python types: a run resumed from it draws the patterns the old one would have.
+        """The policy's state in plain Python types: a run resumed from it samples the patterns the old one would have.
 
         JSON and ``torch.load(weights_only=True)`` hold it exactly. With ``reallocate_every`` it waits for the device.
         """
@@ -419,89 +411,3 @@ def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:
     backend = DropBPBackend(config)
     backend.load_state_dict(state)
     return backend
-
-
-def dropbp_backend(
-    rate: float | None = None,
-    *,
-    policy: PolicyName | DropPolicy = "dropbp",
-    inner: InnerCompiler = "inductor",
-    options: Mapping[str, Any] | None = None,
-    activation_memory_budget: float | None = None,
-    seed: int | None = None,
-    strict: bool = False,
-) -> DropBPBackend:
-    """Make a ``torch.compile`` backend that trains with DropBP (Woo et al., NeurIPS 2024, arXiv 2402.17812).
-
-    Usage::
-
-        backend = dropbp_backend(rate=0.5)
-        model = torch.compile(model, backend=backend)
-
-    Args:
-        rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1); ``None`` for the policy's.
-        policy: what is dropped, and when: a :class:`~dropbp_fx.DropPolicy`, or the name of one. "dropbp": the paper's random
-            branches at the constant rate 0.5. "freezing": the lower half of the layers is not trained.
-            "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one after
-            the other, a quarter of the backward in all (at rate 0.7 nearly half of the layers are frozen from the start);
-            it must be told of the run's :attr:`~DropBPBackend.progress`.
-        inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
-            a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
-        options: Inductor configuration, as for ``torch.compile(options=...)``.
-        activation_memory_budget: the share, in [0, 1], of their activations that kept branches save; what is cheapest to
-            compute is recomputed in the backward instead (``torch._functorch.config.activation_memory_budget``, for each
-            region). ``None`` leaves PyTorch's setting, which saves all.
-        seed: seeds the patterns; ``None`` takes ``torch.initial_seed()`` when the first one is drawn. PyTorch's own
-            random streams are never touched.
-        strict: refuse a training graph without residual branches instead of warning.
-
-    Raises:
-        TypeError, ValueError: a bad value, before anything is compiled.
-    """
-    config = BackendConfig.checked(
-        rate,
-        policy=policy,
-        activation_memory_budget=activation_memory_budget,
-        inner=inner,
-        options=options,
-        seed=seed,
-        strict=strict,
-    )
-    return DropBPBackend(config)
-
-
-def dropbp(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """The backend by name: ``torch.compile(model, backend="dropbp", options={"rate": 0.5})``.
-
-    ``options`` are the arguments of :func:`dropbp_backend`; ``policy`` may also be a mapping of a policy's fields. Equal
-    options share one backend, as the graphs of one model must. To steer a run (``pinned``, ``rate``, ``state_dict``), make
-    the backend yourself and pass the object.
-
-    Raises:
-        TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
-    """
-    named = dict(options or {})
-    names = tuple(inspect.signature(dropbp_backend).parameters)
-    unknown = sorted(set(named) - set(names))
-    if unknown:
-        raise ValueError(
-            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(names)}. Options "
-            "for Inductor go into the option named 'options'."
-        )
-    if isinstance(named.get("policy"), Mapping):
-        named["policy"] = DropPolicy.from_fields(named["policy"])
-    config = BackendConfig.checked(**named)  # checked before anything is looked up: as keys, False and 0 are equal
-    backend = next((known for known in _named_backends if known._config == config), None)
-    if backend is None:
-        backend = DropBPBackend(config)
-        _named_backends.append(backend)
-    return backend(gm, example_inputs, mode=mode)
-
-
-_named_backends: list[DropBPBackend] = []

@@ -26,7 +26,7 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
     """Say so where it looks as if there were branches that cannot be dropped; ``quiet`` takes note only.
 
     Returns:
-        The parameters of a graph without branches in a model that Dynamo breaks: whether it has some is not settled yet.
+        The parameters of a graph without branches in a model that Dynamo breaks: whether it has some is not known yet.
 
     Raises:
         ValueError: something is amiss, and the backend is strict.

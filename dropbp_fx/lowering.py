@@ -19,7 +19,7 @@ from dropbp_fx.graph.branches import find_branches
 from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.gating import insert_gates
-from dropbp_fx.graph.hooks import settle_hooks
+from dropbp_fx.graph.hooks import with_own_hooks
 from dropbp_fx.graph.normalise import normalise_inplace_adds
 from dropbp_fx.graph.regions import RegionProgram, split_into_regions
 from dropbp_fx.graph.structure import structural_key
@@ -66,7 +66,7 @@ class Lowering:
                 raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
             self._report_unsupported(str(error))
             return meet(self.state, gm, find_branches(gm).branches, may_drop=False)
-        gm = settle_hooks(gm)
+        gm = with_own_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:

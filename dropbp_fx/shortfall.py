@@ -138,7 +138,7 @@ class Shortfall:
         return noted
 
     def at_next_forward(self, do: Callable[[], None]) -> None:
-        """Call ``do`` once, when the next training forward has been drawn."""
+        """Call ``do`` once, when the pattern of the next training forward is known."""
 
         def listen(_indices: Sequence[int], _dropped: frozenset[int]) -> None:
             self._listeners.remove(listen)

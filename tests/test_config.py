@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import DropBPBackend, DropPolicy, _torch, dropbp_backend, lowering
-from dropbp_fx.backend import dropbp
+from dropbp_fx.entry import dropbp
 from tests.helpers import POLICY_FIELDS, make_backend
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbp_fx import DropBPBackend, NoResidualBranchWarning, dropbp_backend
-from dropbp_fx.backend import dropbp
+from dropbp_fx.entry import dropbp
 from tests.helpers import compile_model, dropped_in, make_backend, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
 from tests.test_models import ResidualMLP, X, square_loss

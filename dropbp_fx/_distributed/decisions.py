@@ -10,7 +10,7 @@ from typing import Any
 
 Message = dict[str, Any]
 #: A disagreement found in passing is an error this many steps later, so that no rank has run on past that point: hosts of
-#: ranks whose gradients meet in every step are never further apart.
+#: ranks that exchange gradients in every step are never further apart.
 _STEPS_APART = 10
 _RANKS_NAMED = 8
 

@@ -77,10 +77,10 @@ from dropbp_fx._torch.registry import HOOKS, Hook, hooks, versions
 from dropbp_fx._torch.sharding import ddp_waits_for_every_gradient, leave_out_unneeded_gathers, process_group_store
 from dropbp_fx._torch.tracing import (
     compile_lock,
+    fake_copy,
     fake_copying,
     fake_execution,
     fake_mode_of,
-    fake_twin,
     fresh_tracing_context,
     new_fake_mode,
     tree_map_only,
@@ -115,10 +115,10 @@ __all__ = [
     "compile_with_aot_autograd",
     "compile_with_inductor",
     "ddp_waits_for_every_gradient",
+    "fake_copy",
     "fake_copying",
     "fake_execution",
     "fake_mode_of",
-    "fake_twin",
     "forward_ad_is_on",
     "fresh_tracing_context",
     "given_value",

@@ -25,7 +25,7 @@ from torch import fx
 
 @contextlib.contextmanager
 def isolated_dynamo() -> Iterator[None]:
-    """Compilations within the block leave nothing behind on the code objects that Dynamo meets there first, and count
+    """Compilations within the block leave nothing behind on the code objects that Dynamo compiles there first, and count
     neither in Dynamo's statistics nor in its random state.
     """
     from torch._dynamo import convert_frame, eval_frame

@@ -23,18 +23,18 @@ class BoxedCode:
     Inductor does some bookkeeping around its first call; from the second on what it compiled is called directly.
     """
 
-    __slots__ = ("_call", "_settled")
+    __slots__ = ("_call", "_resolved")
 
     def __init__(self, code: Any) -> None:
         from functorch.compile import make_boxed_func
 
         self._call = code if getattr(code, "_boxed_call", False) else make_boxed_func(code)
-        self._settled = False
+        self._resolved = False
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
         made: Sequence[Any] = self._call(arguments)
-        if not self._settled:
-            self._call, self._settled = getattr(self._call, "current_callable", None) or self._call, True
+        if not self._resolved:
+            self._call, self._resolved = getattr(self._call, "current_callable", None) or self._call, True
         return made
 
 

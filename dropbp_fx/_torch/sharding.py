@@ -5,7 +5,7 @@
 | groups of parameters of ``fully_shard`` | a group that a backward does not read is not gathered for it |
 | ``torch._C._storage_Use_Count``, ``Tensor._use_count`` | whether a forward's graph refers to a group's parameters |
 | ``DistributedDataParallel._get_active_ddp_module`` | a warning where it waits for gradients that dropping leaves out |
-| ``distributed_c10d._get_process_group_store`` | ranks meet without a collective call |
+| ``distributed_c10d._get_process_group_store`` | ranks exchange keys without a collective call |
 """
 
 from __future__ import annotations

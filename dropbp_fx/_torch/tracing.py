@@ -98,11 +98,11 @@ def fake_copying(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
     return cast("contextlib.AbstractContextManager[Any]", FakeCopyMode(fake_mode))
 
 
-def fake_twin(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
+def fake_copy(tensor: torch.Tensor, fake_mode: Any) -> torch.Tensor:
     """A fake tensor (parameter) like ``tensor``, of its device, or the CPU where it is on the meta device."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        twin = fake_mode.from_tensor(tensor)
-        return cast("torch.Tensor", twin)
+        copy = fake_mode.from_tensor(tensor)
+        return cast("torch.Tensor", copy)
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     with fake_mode, torch.no_grad():
         if tensor.layout is torch.strided:

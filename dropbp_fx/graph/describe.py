@@ -74,10 +74,10 @@ def _scores_by_hand(body: Sequence[fx.Node]) -> bool:
 
 def _reached(node: fx.Node, steps: int) -> set[fx.Node]:
     """What is computed from ``node`` in at most ``steps`` operations: a cast, a dropout, a view may stand between."""
-    reached, border = set[fx.Node](), {node}
+    reached, frontier = set[fx.Node](), {node}
     for _ in range(steps):
-        border = {user for item in border for user in item.users} - reached
-        reached |= border
+        frontier = {user for item in frontier for user in item.users} - reached
+        reached |= frontier
     return reached
 
 

@@ -147,7 +147,7 @@ class GradientFlow:
         nodes.extend(
             _AutogradNode(next=(), label=None, leaf=leaf, unchanged=frozenset(), hooked=False) for leaf in input_leaf
         )
-        settled = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
+        resolved = [len(ordered) + (-1 - root) if root is not None and root < 0 else root for root in roots]
         identity = frozenset(
             (j, k)
             for j, value in enumerate(outputs)
@@ -158,7 +158,7 @@ class GradientFlow:
             and value.device == source.device
             and str(tuple(value.shape)) == str(tuple(source.shape))
         )
-        return cls(nodes, settled, identity, frozenset(mutated))
+        return cls(nodes, resolved, identity, frozenset(mutated))
 
 
 #: Sums that hand their gradient on to their first operand as it is, whatever scales the second.

@@ -41,7 +41,7 @@ def is_hooked(grad_fn: Any) -> bool:
     return _MARK in grad_fn.metadata
 
 
-def settle_hooks(gm: fx.GraphModule) -> fx.GraphModule:
+def with_own_hooks(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph in which :func:`hook_gradient` stands for Dynamo's operator; ``gm`` itself where there is none."""
     operator = _torch.register_hook_operator()
     if operator is None or not _uses(gm, operator):

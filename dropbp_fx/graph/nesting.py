@@ -74,16 +74,16 @@ class Nesting:
         return between and not run_side_by_side(self._flow, inner, outer, self._streams)
 
     def _carries_the_stream(self, candidate: Candidate) -> bool:
-        """Whether nothing computed from the skip past the add meets anything computed from the sum again."""
+        """Whether nothing computed from the skip past the add joins anything computed from the sum again."""
         flow = self._flow
         at, add = flow.position[candidate.skip], flow.position[candidate.addition]
         after = flow.descendants[add]
         beside = flow.reach_avoiding(at, add)
-        meets = 0
+        joined = 0
         for index in flow.indices(after & ~(1 << add)):
             for parent in flow.parents[index]:
-                meets |= 1 << parent
-        return not meets & beside & ~after
+                joined |= 1 << parent
+        return not joined & beside & ~after
 
     def _is_a_step(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
         """Whether another candidate has the same weights and reads another piece of the same value: another time step."""

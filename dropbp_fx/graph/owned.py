@@ -62,6 +62,6 @@ def _private(flow: Dataflow, candidate: Candidate, foreign: int) -> int:
 
 
 def _leads_out(flow: Dataflow, user: fx.Node, after: int) -> bool:
-    """Whether everything computed from ``user`` goes to graph outputs without meeting what follows the add."""
+    """Whether everything computed from ``user`` goes to graph outputs without what follows the add."""
     index = flow.position[user]
     return user.op == "output" or bool(flow.parents[index] and not flow.descendants[index] & after)

@@ -27,19 +27,19 @@ def readings(flow: Dataflow, term: Term, others: Sequence[Term]) -> Iterator[Rea
     others = [other for other in others if other.may_be_branch]
     root = _skip_root(flow, term.value)
     added, kept = _mixed_with(term, others)
-    if kept is not None:  # the weights are the stream's as well: only what they weigh is the branch
+    if kept is not None:  # the weights are the stream's as well: only what they scale is the branch
         for skip in (kept, _skip_root(flow, kept)):
             yield Reading(skip, added, term.plain and root is not term.value)
         return
     for skip in (term.value, root):
         yield Reading(skip, tuple(others), term.plain)
-    weighed = tuple(single for other in others for single in expanded(other))
+    scaled = tuple(single for other in others for single in expanded(other))
     node = root
     while is_piece(node) or _looks_through(flow, node):
         node = flow.as_read(node, node.all_input_nodes[0]) if is_piece(node) else _skip_root(flow, node)
-        yield Reading(node, weighed if weighed and mixed(node) else tuple(others), False)
+        yield Reading(node, scaled if scaled and mixed(node) else tuple(others), False)
     for stream in mixed(node):
-        for single in weighed:
+        for single in scaled:
             yield Reading(_skip_root(flow, stream), (single,), False)
 
 

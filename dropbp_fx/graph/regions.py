@@ -187,7 +187,7 @@ def _nearest(wanted: int, where: range, allowed: Sequence[bool]) -> list[int]:
 
 
 def _allowed_cuts(order: Sequence[fx.Node]) -> list[bool]:
-    """Where the graph may be cut: ``allowed[p]`` speaks of the border before ``order[p]``.
+    """Where the graph may be cut: ``allowed[p]`` speaks of the place before ``order[p]``.
 
     Not where a value that is neither a tensor nor a symbol would have to cross, and not between the making of a tensor
     and its mutation, which would turn a local in-place operation into the mutation of a region's input. Not between the
@@ -261,7 +261,7 @@ def _read_program(
             number = int(str(node.target).removeprefix("submod_"))
             region_gm = getattr(split, str(node.target))
             returns_one = _return_tuple(region_gm.graph)
-            _settle_grad_mode(region_gm.graph)
+            _enclose_in_grad_mode(region_gm.graph)
             region_gm.recompile()
             placeholders = [n for n in region_gm.graph.nodes if n.op == "placeholder"]
             made: list[int] = []
@@ -304,7 +304,7 @@ def _output_values(graph: fx.Graph) -> tuple[Any, ...]:
     return tuple(output.args[0])
 
 
-def _settle_grad_mode(graph: fx.Graph) -> None:
+def _enclose_in_grad_mode(graph: fx.Graph) -> None:
     """Start and end a region with gradients enabled, and drop switches that change nothing: equal layers stay equal."""
     enabled = True
     for node in list(graph.nodes):

@@ -10,9 +10,9 @@ form                                   the stream                               
 ``index_add``, ``scatter_add``,        ``x``                                        what is put into it
 ``index_put(accumulate=True)``
 ``lerp(x, h, w)``,                     either                                       ``h`` alone: ``w`` or ``g``
-``x * (1 - g) + h * g``                                                             weighs the stream as well
+``x * (1 - g) + h * g``                                                             scales the stream as well
 ``A @ streams + h[:, None] * beta``    the streams                                  ``h`` alone: ``A`` and
-(hyper-connections)                                                                 ``beta`` weigh the streams
+(hyper-connections)                                                                 ``beta`` scale the streams
 =====================================  ===========================================  ============================
 
 Products in sums are taken apart in :mod:`dropbp_fx.graph.mixes`. In both, nodes are looked at by themselves; whether a

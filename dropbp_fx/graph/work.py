@@ -1,4 +1,4 @@
-"""Tell real work (a matrix product, a convolution, attention, an expert) from what only moves, scales or weighs values."""
+"""Tell real work (a matrix product, a convolution, attention, an expert) from what only moves, scales or gates values."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def capture(
         )
     model = _torch.original_module(model)
     mode = _torch.fake_mode_of(model.parameters()) or _torch.new_fake_mode()
-    arguments = _torch.tree_map_only(torch.Tensor, lambda t: _torch.fake_twin(t, mode), (tuple(args), dict(kwargs)))
+    arguments = _torch.tree_map_only(torch.Tensor, lambda t: _torch.fake_copy(t, mode), (tuple(args), dict(kwargs)))
     backend = make_backend()
     try:
         return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=True)
@@ -104,7 +104,7 @@ def fake_copy(model: nn.Module, mode: Any) -> nn.Module:
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in memo:
-                memo[id(tensor)] = _torch.fake_twin(tensor, mode)
+                memo[id(tensor)] = _torch.fake_copy(tensor, mode)
     try:
         with _torch.fake_copying(mode):
             twin = copy.deepcopy(model, memo)

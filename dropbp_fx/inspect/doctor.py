@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dropbp_fx
 from dropbp_fx import _torch
-from dropbp_fx.backend import dropbp_backend
+from dropbp_fx.entry import dropbp_backend
 
 _OPTIONAL = ("triton", "transformers", "peft", "pandas", "jinja2", "matplotlib", "pydot")
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from dropbp_fx import _torch
-from dropbp_fx.backend import DropBPBackend, dropbp_backend
+from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.captured import CapturedGraph
+from dropbp_fx.entry import dropbp_backend
 from dropbp_fx.graph.cost import branch_forward_flops, joint_cost
 from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from dropbp_fx.policy.units import Unit
 
-_SETTLED = (
+_AT_THE_END = (
     1e-12  # a chance this close to 0 or 1 is there: far above what rounding leaves, far below any rate that matters
 )
 
@@ -54,7 +54,7 @@ def draw_dropped(units: Sequence[Unit], rng: random.Random, *, keep_one: bool = 
     Returns:
         Indices into ``units``. Unit i is in the set with probability ``effective_rates(units)[i]``.
     """
-    chances = [_settle(rate) for rate in effective_rates(units, keep_one=keep_one)]
+    chances = [_snapped(rate) for rate in effective_rates(units, keep_one=keep_one)]
     flops = [unit.flops for unit in units]
     trainable = [index for index, unit in enumerate(units) if unit.trainable]
     others = [index for index, unit in enumerate(units) if not unit.trainable]
@@ -132,13 +132,13 @@ def _move(chances: list[float], members: Sequence[int], direction: Sequence[floa
     length = forward if rng.random() * (forward + backward) < backward else -backward
     undecided: list[int] = []
     for index, entry in zip(members, direction, strict=True):
-        chance = chances[index] = _settle(chances[index] + length * (entry / longest))
+        chance = chances[index] = _snapped(chances[index] + length * (entry / longest))
         if 0.0 < chance < 1.0:
             undecided.append(index)
     return undecided
 
 
-def _settle(chance: float) -> float:
-    if chance < _SETTLED:
+def _snapped(chance: float) -> float:
+    if chance < _AT_THE_END:
         return 0.0
-    return 1.0 if chance > 1.0 - _SETTLED else chance
+    return 1.0 if chance > 1.0 - _AT_THE_END else chance

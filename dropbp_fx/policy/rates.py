@@ -17,7 +17,7 @@ Allocation = Literal["uniform", "sensitivity"]
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Settles the rates of branches. To change something, make another one, and settle by it before going by it.
+    """Computes the rates of branches. To change something, make another one, and compute by it before going by it.
 
     Attributes:
         rate: the drop rate of the whole model, in [0, 1), as it was asked for.

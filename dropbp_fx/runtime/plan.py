@@ -1,13 +1,13 @@
 """Plan a pattern: decide for every region which variant runs.
 
-Two sweeps over the regions settle what autograd would do with the pattern: forwards, which values require a gradient
+Two sweeps over the regions find out what autograd would do with the pattern: forwards, which values require a gradient
 (below the lowest kept branch of a model with a frozen embedding: none); backwards, which of them receive one (an
 encoder whose every cross-attention is dropped: none). A region that no gradient enters, or that only hands its
 gradient on, runs forward-only; every other region runs the training variant pruned for exactly this situation.
 Consecutive regions that only hand their gradient on are one to autograd: a single link leads from the last one's output to
 the first one's input.
 
-A run meets a new pattern at nearly every step, so plans have to be cheap: what a region makes of the situation it is in
+A run samples a new pattern at nearly every step, so plans have to be cheap: what a region makes of the situation it is in
 (which of its branches are dropped, which inputs require a gradient, which outputs receive one) is remembered, for all
 regions of one structure together.
 """

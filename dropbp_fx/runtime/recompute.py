@@ -3,7 +3,7 @@
 Non-reentrant ``torch.utils.checkpoint`` around a compiled block runs the block again during the backward. Were a new
 pattern sampled then, gradients would be wrong. PyTorch keeps one object for a checkpoint's forward and its recomputations,
 so the patterns are noted with it, in the order in which the checkpointed function ran compiled graphs. A forward inside a
-backward that is no part of such a recomputation (reentrant checkpoints, whose first run is without gradients) draws like
+backward that is no part of such a recomputation (reentrant checkpoints, whose first run is without gradients) samples like
 any other.
 """
 

@@ -35,7 +35,7 @@ from dropbp_fx.values import shown
 
 @dataclasses.dataclass
 class _Pass:
-    """One backward through borders, and what it has found so far.
+    """One backward through isolated regions, and what it has found so far.
 
     Attributes:
         difference: it carries what dropping takes away from the gradients, rather than what is left of them.
@@ -53,7 +53,7 @@ class _Pass:
 
 
 class Calibration:
-    """Drives the backward of one step; the driver of all borders that the step's forward makes.
+    """Drives the backward of one step; the driver of all isolated regions of its forward.
 
     Args:
         metric: see :class:`~dropbp_fx.sensitivity.sensitivity.Sensitivity`.
@@ -61,7 +61,7 @@ class Calibration:
     """
 
     def __init__(self, metric: Metric, on_branch: Callable[[], object]) -> None:
-        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
+        self.probe = torch.zeros((), device="cpu", requires_grad=True)
         self._metric = metric
         self._on_branch = on_branch
         self._records: list[RegionRecord] = []
@@ -87,7 +87,7 @@ class Calibration:
         self._written.setdefault(id(original), (original, original.detach().clone()))
 
     def run(self, step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any]) -> list[Any]:
-        """Run a training step's region behind a border."""
+        """Run a training step's region isolated."""
         streams = RandomStreams.now() if branches else None
         record, outputs = run_isolated(step, variants, branches, values, self)
         if not _torch.in_backward():  # a checkpoint's recomputation is thrown away
@@ -118,10 +118,10 @@ class Calibration:
                 difference = self._metric == "gradient"
                 candidate = _Pass(difference=difference, dropped=branch)
                 self._go(candidate, [loss], [torch.zeros_like(loss)] if difference else None, retain=True)
-                self._settle(candidate)
+                self._finish(candidate)
                 self._found[branch] = candidate
                 self._on_branch()
-        self._settle(exact)
+        self._finish(exact)
         return {branch: self._value(branch, exact) for branch in graph.runs}
 
     def _check_memory(self) -> None:
@@ -149,13 +149,13 @@ class Calibration:
         self._passes.append(current)
         try:
             torch.autograd.grad(
-                outputs, [self.anchor, *self._graph.outer_leaves], tangents, retain_graph=retain, allow_unused=True
+                outputs, [self.probe, *self._graph.outer_leaves], tangents, retain_graph=retain, allow_unused=True
             )
         finally:
             self._passes.pop()
 
     def backward(self, record: RegionRecord, tangents: Sequence[Tensor | None]) -> Gradients:
-        """What a border does with the gradients that arrive at it."""
+        """What an isolated region does with the gradients that arrive at it."""
         if self._graph is None or not self._passes:
             raise RuntimeError(
                 "step() ran a backward itself, by loss.backward() or torch.autograd.grad(), but calibrate() runs the "
@@ -167,7 +167,7 @@ class Calibration:
         else:
             gradients = record.gradients(tangents, retain=True)
         if current.exact:
-            self._arrived(graph.border_of(record))
+            self._arrived(graph.node_of(record))
             self._at_start[id(record)] = tangents
             for label, branch in enumerate(record.branches):
                 if graph.is_all_below(branch, self._metric):
@@ -216,7 +216,7 @@ class Calibration:
         if onward:
             edges, carried = zip(*onward, strict=True)
             self._go(candidate, edges, carried, retain=True)
-        self._settle(candidate)
+        self._finish(candidate)
         self._found[branch] = candidate
         self._on_branch()
 
@@ -260,7 +260,7 @@ class Calibration:
                 del self._inflow[key]
 
     @staticmethod
-    def _settle(finished: _Pass) -> None:
+    def _finish(finished: _Pass) -> None:
         finished.squares.update({key: squared_norm(total) for key, total in finished.sums.items()})
         finished.sums.clear()
 

@@ -1,8 +1,8 @@
 """Run a region cut off from the rest of autograd, so that its backward is somebody else's to drive.
 
 In a normal step autograd chains the regions' compiled functions. Calibration and observation need to stand between them:
-the region then runs on leaves of its own, and one autograd node, the border, carries its outputs. When a gradient
-arrives at the border, a :class:`Driver` decides what to do with it, and returns the gradients of the region's inputs.
+the region then runs on leaves of its own, and one autograd node carries its outputs. When a gradient
+arrives at that node, a :class:`Driver` decides what to do with it, and returns the gradients of the region's inputs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Driver(Protocol):
     """Whoever stands between the regions.
 
     Attributes:
-        anchor: a leaf that requires a gradient; every border is connected to it, so that asking for its gradient makes
-            autograd visit every border. It never gets one.
+        probe: a leaf that requires a gradient; every isolated region is connected to it, so that asking for its gradient
+            makes autograd visit every one. It never gets one.
     """
 
-    anchor: Tensor
+    probe: Tensor
 
     def backward(self, record: RegionRecord, tangents: Sequence[Tensor | None]) -> Gradients:
         """The gradients of ``record``'s :attr:`~RegionRecord.wanted` inputs, given those of its ``graded`` outputs."""
@@ -122,7 +122,7 @@ class RegionRecord:
 def run_isolated(
     step: Step, variants: RegionVariants, branches: tuple[int, ...], values: Sequence[Any], driver: Driver
 ) -> tuple[RegionRecord, list[Any]]:
-    """Run a training step's region behind a border that ``driver`` drives.
+    """Run a training step's region isolated, its backward being ``driver``'s to drive.
 
     Returns:
         The record, and the region's outputs.
@@ -148,12 +148,12 @@ def run_isolated(
         edges=tuple(torch.autograd.graph.get_gradient_edge(outputs[j]) for j in graded),
     )
     if graded:
-        carried = _Border.apply(
+        carried = _Isolated.apply(
             record,
             driver,
             [outputs[j] for j in graded],
             [way_to([outside[k] for k in wanted])],
-            driver.anchor,
+            driver.probe,
             *(outside[k] for k in wanted),
         )
         for j, value in zip(graded, carried, strict=True):
@@ -169,7 +169,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 def record_of(node: Any) -> RegionRecord | None:
-    """The record behind an autograd node that is a border, ``None`` for any other node."""
+    """The record behind the autograd node of an isolated region, ``None`` for any other node."""
     return getattr(node, "dropbp_record", None)
 
 
@@ -181,7 +181,7 @@ def _grad(pairs: Sequence[tuple[Any, Tensor]], inputs: Sequence[Tensor], retain:
         return list(torch.autograd.grad(outputs, inputs, tangents, retain_graph=retain, allow_unused=True))
 
 
-class _Border(torch.autograd.Function):
+class _Isolated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -1,7 +1,7 @@
 """Watch the gradients of one ordinary step between its regions, for a running estimate of sensitivities.
 
-The step computes what it would compute anyway: regions run the same compiled variants, behind borders that pass every
-gradient on and note a few norms. Norms stay on the device; nothing waits for them until they are read.
+The step computes what it would compute anyway: regions run the same compiled variants, isolated, and every
+gradient is passed on and a few norms noted. Norms stay on the device; nothing waits for them until they are read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Observation:
     """Drives the isolated regions of one step."""
 
     def __init__(self) -> None:
-        self.anchor = torch.zeros((), device="cpu", requires_grad=True)
+        self.probe = torch.zeros((), device="cpu", requires_grad=True)
         self._found_a_branch = False
         self._of_regions: list[_RegionNorms] = []
         self._stem: list[_RegionNorms] = []

@@ -1,4 +1,4 @@
-"""The autograd graph of one step: which borders and eager operations lead to which, and to which leaves."""
+"""The autograd graph of one step: which isolated regions and eager operations lead to which, and to which leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dropbp_fx.sensitivity.sensitivity import Metric
 
 
 class StepGraph:
-    """The step's autograd graph: borders, and what eager code does between them.
+    """The step's autograd graph: isolated regions, and what eager code does between them.
 
     Attributes:
         runs: for every branch the records it ran in.
@@ -32,7 +32,7 @@ class StepGraph:
         order = _topological(loss.grad_fn)
         number = {node: index for index, node in enumerate(order)}
         below = _reachable(order, number)
-        self._border: dict[int, Any] = {}
+        self._node_of: dict[int, Any] = {}
         self._outer: list[tuple[Any, int, Tensor]] = []
         self._leaves: dict[int, Tensor] = {}
         self.uses: dict[int, int] = collections.Counter()
@@ -42,7 +42,7 @@ class StepGraph:
         for index, node in enumerate(order):
             made = record_of(node)
             if made is not None:
-                self._border[id(made)] = node
+                self._node_of[id(made)] = node
                 for leaf in made.weights.values():
                     self._use(leaf, index, leaf_users)
             elif node.name() == "CheckpointFunctionBackward":
@@ -64,12 +64,12 @@ class StepGraph:
         self._side_edges: dict[int, list[tuple[Any, int]]] = {}
         self._in_order: dict[int, bool] = {}
         for branch, runs in self.runs.items():
-            here = [number[self._border[id(record)]] for record in runs if id(record) in self._border]
+            here = [number[self._node_of[id(record)]] for record in runs if id(record) in self._node_of]
             reached = 0
             for index in here:
                 reached |= below[index]
 
-            def settled(users: Iterable[int], here: Sequence[int] = here, reached: int = reached) -> bool:
+            def passed_or_below(users: Iterable[int], here: Sequence[int] = here, reached: int = reached) -> bool:
                 """Whether each user is below the branch, or certain to have been passed by the exact backward."""
                 return all(reached >> u & 1 or all(below[u] >> index & 1 for index in here) for u in users)
 
@@ -81,7 +81,7 @@ class StepGraph:
                 if reached >> number[node] & 1 and number[node] not in here and not all(reached >> u & 1 for u in users)
             ]
             self._side_edges[branch] = [(node, output) for node in sideways for output in sorted(edges[node])]
-            self._in_order[branch] = all(map(settled, [*shared, *(self._users[node] for node in sideways)]))
+            self._in_order[branch] = all(map(passed_or_below, [*shared, *(self._users[node] for node in sideways)]))
 
     def _use(self, leaf: Tensor, user: int, users: dict[int, list[int]]) -> None:
         self._leaves[id(leaf)] = leaf
@@ -96,9 +96,9 @@ class StepGraph:
         """Whether some branch has to be measured from the loss."""
         return not all(self.is_all_below(branch, metric) for branch in self.runs)
 
-    def border_of(self, record: RegionRecord) -> Any:
+    def node_of(self, record: RegionRecord) -> Any:
         """The autograd node in front of a record."""
-        return self._border[id(record)]
+        return self._node_of[id(record)]
 
     def has_several_users(self, node: Any) -> bool:
         """Whether gradients come to ``node`` from several others."""
