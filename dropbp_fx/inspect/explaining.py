@@ -12,7 +12,8 @@ from dropbp_fx.backend import DropBPBackend, dropbp_backend
 from dropbp_fx.graph.cost import branch_forward_flops, joint_cost
 from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel
-from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
+from dropbp_fx.inspect.explanation import Explanation
+from dropbp_fx.inspect.figures import ExplainedBranch
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.runtime.captured import CapturedGraph
 
