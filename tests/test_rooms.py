@@ -1,4 +1,4 @@
-"""How the package's modules may know of each other: imports have no cycle."""
+"""How the package's modules may know of each other: imports have no cycle, and what is private to a backend stays so."""
 
 from __future__ import annotations
 
@@ -81,3 +81,31 @@ def test_the_graph_is_that_of_the_package() -> None:
     assert "dropbp_fx.inspect.explanation" in graph["dropbp_fx.inspect"]
     assert "dropbp_fx.inspect" in graph["dropbp_fx"]  # under TYPE_CHECKING
     assert "dropbp_fx._torch" in graph["dropbp_fx.inspect.tables"]
+
+
+# ---- what the outer rooms read of a backend ------------------------------------------------------------------------------
+
+
+def private_reads(tree: ast.Module) -> list[str]:
+    """Private attributes that are read of anything but the object or class whose method reads it."""
+    return [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.endswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    ]
+
+
+@pytest.mark.parametrize("room", ["inspect", "integrations"])
+def test_a_room_that_looks_at_backends_reads_public_names_only(room: str) -> None:
+    foreign = {"_from_config"}  # of Transformers
+    sources = sorted((PACKAGE / room).glob("*.py"))
+    found = {path.name: set(private_reads(ast.parse(path.read_text()))) - foreign for path in sources}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_private_reads_are_found() -> None:
+    tree = ast.parse("self._own\ncls._own\nbackend._state.graphs\nself.backend._config\n_torch.hooks\nf().__doc__")
+    assert sorted(private_reads(tree)) == ["_config", "_state"]

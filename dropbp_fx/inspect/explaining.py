@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
 
 from dropbp_fx import _torch
 from dropbp_fx.backend import DropBPBackend, dropbp_backend
+from dropbp_fx.captures import Captures, Rehearsal, captures_of
 from dropbp_fx.graph.cost import branch_forward_flops, joint_cost
 from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel
@@ -56,45 +57,43 @@ def explain(
             f"backend must be what dropbp_backend() returns, not {type(backend).__name__}; explain() takes its rate, "
             "granularity and inner compiler."
         )
-    config = (backend if backend is not None else dropbp_backend())._config
-    met, graphs = capture(model, args, kwargs, lambda: DropBPBackend(config))
+    asked = backend if backend is not None else dropbp_backend()
+    captures = capture(model, args, kwargs, lambda: Rehearsal(asked))
     parameters = list(model.parameters())
     return _explained(
         type(_torch.original_module(model)).__name__,
-        met,
-        graphs,
-        rate=config.policy.rate if backend is None else backend.rate,
+        captures,
+        rate=asked.rate,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
 
 
 def _explain_live(backend: DropBPBackend) -> Explanation:
-    graphs = tuple(backend._state.graphs)
-    if not graphs:
+    captures = captures_of(backend)
+    if not captures.graphs:
         raise ValueError(
             "This backend has not met a training graph with residual branches, so there is nothing to explain. Run a "
             "training forward of the compiled model first, or pass the model to explain()."
         )
-    return _explained("backend", backend, graphs, rate=backend.rate, parameters=None, trainable=None)
+    return _explained("backend", captures, rate=backend.rate, parameters=None, trainable=None)
 
 
 def _explained(
     model: str,
-    backend: DropBPBackend,
-    graphs: Sequence[CapturedGraph],
+    captures: Captures,
     *,
     rate: float,
     parameters: int | None,
     trainable: int | None,
 ) -> Explanation:
-    inner = backend._config.inner
+    inner = captures.inner
     costs = CostModel(_torch.inductor_decompositions() if inner == "inductor" else None)
-    table = {branch.index: branch for branch in backend.branches}
-    measured = backend.sensitivity
+    table = {branch.index: branch for branch in captures.branches}
+    measured = captures.sensitivity
     sensitivities = {} if measured is None else dict(zip(measured.names, measured.values, strict=True))
     explained: dict[int, ExplainedBranch] = {}
-    for number, graph in enumerate(graphs):
+    for number, graph in enumerate(captures.graphs):
         for branch in _branches_of(number, graph, table, sensitivities, costs):
             known = explained.get(branch.index)
             if known is None or (branch.droppable and not known.droppable):
@@ -102,15 +101,15 @@ def _explained(
     return Explanation(
         model=model,
         branches=[explained[index] for index in sorted(explained)],
-        graphs=graphs,
+        graphs=captures.graphs,
         costs=costs,
-        granularity=backend.policy.granularity,
+        granularity=captures.policy.granularity,
         rate=rate,
         inner=inner if isinstance(inner, str) else "custom",
-        pattern=backend.policy.draws,
+        pattern=captures.policy.draws,
         parameters=parameters,
         trainable_parameters=trainable,
-        shortfall=backend._state.shortfall.texts,
+        shortfall=captures.shortfall,
     )
 
 
