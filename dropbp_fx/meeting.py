@@ -13,7 +13,7 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
-from dropbp_fx.graph.owners import running_owner
+from dropbp_fx.graph.owners import owner_among
 from dropbp_fx.graph.values import example_value
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
@@ -35,16 +35,17 @@ def meet(
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     owners = _torch.outermost_modules(placeholders)
+    callers = _torch.calling_modules()
     names = name_branches(branches)
     prefixes = {owned.module: "" for owned in owners.values()}
     # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
     for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
-        _find_home(state, module)
+        _find_home(state, module, callers)
         prefixes[module] = state.modules.path_of(module)
     inputs = [parameters_of(branch) for branch in branches]
     roots = [[owners[node].module for node in nodes if node in owners] for nodes in inputs]
     homes = [modules[0] for modules in roots if modules]
-    model = _model_of(state, list(dict.fromkeys(homes))) if branches else 1
+    model = _model_of(state, list(dict.fromkeys(homes)), callers) if branches else 1
     met: list[Branch] = []
     droppable: list[int] = []
     trainable: set[int] = set()
@@ -96,10 +97,10 @@ def meet(
     )
 
 
-def _find_home(state: BackendState, module: nn.Module) -> None:
+def _find_home(state: BackendState, module: nn.Module, callers: _torch.Callers) -> None:
     """Register the model that ``module`` is a layer of, if it is compiled by itself and its callers tell."""
     if not state.modules.knows(module):
-        home = home_of(module, _torch.calling_modules())
+        home = home_of(module, callers.called)
         if home is not None:
             state.modules.register(home)
 
@@ -131,24 +132,25 @@ def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -
 
 def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> tuple[str, int] | None:
     """Where in its model the module of these parameters is, and the model's number; ``None`` if that cannot be told."""
+    callers = _torch.calling_modules()
     known = state.modules.place_of(parameters, met.anchors.names)
     if known is not None:
         root, prefix = known
-        return prefix, _model_of(state, [root])
-    module = running_owner(parameters, met.anchors.names)
+        return prefix, _model_of(state, [root], callers)
+    module = owner_among(callers.running, parameters, met.anchors.names)
     if module is not None:
         module = _torch.original_module(module)
-        model = _model_of(state, [module])
+        model = _model_of(state, [module], callers)
         if model != met.model:
             return state.modules.path_of(module), model
     state.shortfall.report("sharing", sharing_text([branch.name for branch in met.branches[:3]]))
     return None
 
 
-def _model_of(state: BackendState, roots: Sequence[nn.Module]) -> int:
+def _model_of(state: BackendState, roots: Sequence[nn.Module], callers: _torch.Callers) -> int:
     """The number of the model that these modules are, or are parts of."""
     around = [module for root in roots for module in state.modules.roots_around(root)]
-    number, replaces = state.models.number_of(list(dict.fromkeys(around)))
+    number, replaces = state.models.number_of(list(dict.fromkeys(around)), callers.running)
     if replaces:
         state.schedule.forget(number)
     return number
