@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from dropbp_fx.runtime.instances import Instances
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.runtime.whole import WholeRunner
-from dropbp_fx.shortfall import NoResidualBranchWarning
+from dropbp_fx.shortfall import NoResidualBranchWarning, unsupported_text
 from dropbp_fx.state import BackendState, GraphPolicy
 
 log = logging.getLogger("dropbp_fx")
@@ -64,14 +63,15 @@ class Lowering:
         except UnsupportedWriteError as error:
             if whole:
                 raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
-            self._report_unsupported(str(error))
+            text = unsupported_text(str(error))
+            self.state.shortfall.report(f"unsupported: {error}", text, NoResidualBranchWarning, error=ValueError)
             return meet(self.state, gm, find_branches(gm).branches, may_drop=False)
         gm = settle_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = meet(self.state, gm, search.branches)
+        found = meet(self.state, gm, search.branches, quiet=whole)
         met, droppable = found.branches, found.droppable
         found = dataclasses.replace(found, unsettled=tuple(report_gaps(self.state, gm, search, quiet=whole)))
         if not droppable and not whole:
@@ -157,15 +157,6 @@ class Lowering:
 
         first: Policy = GraphPolicy(self.state, (), below, met.presence)
         return WholeRunner(run, Instances(met.anchors, first, enter_module))
-
-    def _report_unsupported(self, reason: str) -> None:
-        message = (
-            f"Nothing will be dropped in one of the model's graphs, because {reason}. Let the model write to a copy instead "
-            "(x = x.clone()), or leave it at that: the graph trains as under torch.compile without dropping."
-        )
-        if self.config.strict:
-            raise ValueError(message)
-        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
 
     def _show(
         self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]

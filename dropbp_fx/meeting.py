@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.captured import MetBranches
 from dropbp_fx.runtime.instances import Anchors
-from dropbp_fx.shortfall import sharing_text
+from dropbp_fx.shortfall import namesakes_text, sharing_text
 from dropbp_fx.state import BackendState
 
 log = logging.getLogger("dropbp_fx")
@@ -27,11 +26,17 @@ Owners = dict[fx.Node, _torch.Owned]
 
 
 def meet(
-    state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, may_drop: bool = True
+    state: BackendState,
+    gm: fx.GraphModule,
+    branches: Sequence[ResidualBranch],
+    *,
+    may_drop: bool = True,
+    quiet: bool = False,
 ) -> MetBranches:
     """Enter the branches of a newly compiled graph, for the module that it is compiled for.
 
-    Without ``may_drop`` the graph runs as it is, and none of them is droppable in it.
+    Without ``may_drop`` the graph runs as it is, and none of them is droppable in it. ``quiet`` takes note of what is
+    amiss and warns of nothing.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     owners = _torch.outermost_modules(placeholders)
@@ -61,7 +66,7 @@ def meet(
         if torch.is_grad_enabled() and wanted and own_modes == {False}:
             idle += [value for node in nodes if node in owners and _is_trained(value := owners[node].value)]
         if modules:
-            _report_namesake(state, full, modules[0])
+            _report_namesake(state, full, modules[0], quiet=quiet)
         entry = state.schedule.meet(full, layer, trainable=trains, droppable=drops)
         met.append(entry)
         if drops:
@@ -162,21 +167,15 @@ def _in_table(name: BranchName, prefix: str, model: int) -> tuple[str, str]:
     return in_model(full.name, model), in_model(full.layer, model)
 
 
-def _report_namesake(state: BackendState, name: str, root: nn.Module) -> None:
+def _report_namesake(state: BackendState, name: str, root: nn.Module, *, quiet: bool) -> None:
     """Two modules that run inside of one other may be layers of it or models of their own: that is for the user to say."""
     known = state.holders.get(name)
     state.holders.setdefault(name, root)
-    if known is None or known is root or state.warned_of_namesakes:
+    if known is None or known is root:
         return
     if root in set(known.modules()) or known in set(root.modules()):
         return
-    state.warned_of_namesakes = True
-    warnings.warn(
-        f"Two modules of class {type(known).__name__} and {type(root).__name__} have a branch named {name!r}, and run "
-        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
-        "backend.register(model) before its first forward; if they are models of their own, register each of them.",
-        stacklevel=2,
-    )
+    state.shortfall.report("namesakes", namesakes_text(name, known, root), quiet=quiet)
 
 
 def _anchors(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | None) -> Anchors:

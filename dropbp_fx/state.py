@@ -47,7 +47,6 @@ class BackendState:
     holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
-    warned_of_namesakes: bool = False
     step_watch: CompiledStepWatch | None = None
 
     @classmethod
