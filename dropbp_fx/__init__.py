@@ -24,6 +24,7 @@ from dropbp_fx.policy.schedules import LateRamp, Ramp, Steps
 from dropbp_fx.sensitivity.sensitivity import Sensitivity
 from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
 from dropbp_fx.summary import BackendStats
+from dropbp_fx.version import __version__
 
 if TYPE_CHECKING:
     from dropbp_fx.inspect import Explanation, dump_graphs, explain
@@ -54,7 +55,6 @@ __all__ = [
     "dump_graphs",
     "explain",
 ]
-__version__ = "0.1.0"
 
 _INSPECTION = frozenset({"Explanation", "dump_graphs", "explain"})
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dropbp_fx import _torch
-from dropbp_fx.captured import MetBranches
+from dropbp_fx.captured import EnteredBranches
 from dropbp_fx.config import BackendConfig, checked_inductor_options
 from dropbp_fx.graph.grad_mode import start_without_gradients, switches_gradients_on
 from dropbp_fx.lowering import Lowering
@@ -45,6 +45,8 @@ class DropBPBackend:
     def __init__(self, config: BackendConfig, state: BackendState | None = None) -> None:
         self._config = config
         self._state = state or BackendState.of(config)
+        if state is None:
+            self._state.shortfall.expect_a_call()
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ class DropBPBackend:
             start_without_gradients(gm)
         with torch.enable_grad() if inside else contextlib.nullcontext():
             graph = lowering.capture(gm)
-            if isinstance(graph, MetBranches):
+            if isinstance(graph, EnteredBranches):
                 compiled = lowering.whole(gm, example_inputs, graph)
             else:
                 with _torch.unseen_by_ddp_optimizer(gm):

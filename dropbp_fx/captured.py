@@ -17,7 +17,7 @@ from dropbp_fx.runtime.variants import RegionVariants
 
 
 @dataclasses.dataclass(frozen=True)
-class MetBranches:
+class EnteredBranches:
     """The branches of one graph, for the module it is compiled for.
 
     Attributes:
@@ -31,7 +31,7 @@ class MetBranches:
         parameters: for each branch which arguments are its parameters; ``None`` where they are not all known.
         training: whether its forwards are training ones, even if nothing in them is trained.
         idle: parameters of branches that would be dropped, were the model not in evaluation mode.
-        unsettled: those of a graph without branches in a model with graph breaks: other pieces may have some.
+        undecided: those of a graph without branches in a model with graph breaks: other pieces may have some.
     """
 
     branches: tuple[Branch, ...]
@@ -44,7 +44,7 @@ class MetBranches:
     parameters: tuple[tuple[int, ...] | None, ...]
     training: bool
     idle: Leaves = ()
-    unsettled: Leaves = ()
+    undecided: Leaves = ()
 
     def presence_of(self, own: Sequence[Branch], arguments: Sequence[object]) -> Presence:
         """What the graph says of its branches in another module, where they are ``own``.
@@ -66,7 +66,7 @@ class MetBranches:
             },
         )
 
-    def with_trainable(self, positions: Collection[int]) -> MetBranches:
+    def with_trainable(self, positions: Collection[int]) -> EnteredBranches:
         """The same with branches that count as trainable through others' parameters: their own ones tell nothing."""
         if not positions:
             return self
@@ -90,7 +90,7 @@ class CapturedGraph:
         indices: for each of the program's branches its index in the backend's table.
         facts: by index in the table, for every branch of the graph, those that can never be dropped included.
         rejected: adds that were not taken for a branch, by the name of their node, and why.
-        met: all its branches, and what is needed to tell the modules apart that it serves.
+        entered: all its branches, and what is needed to tell the modules apart that it serves.
         below: whether patterns may leave untrained what runs before the lowest kept branch.
     """
 
@@ -99,7 +99,7 @@ class CapturedGraph:
     indices: tuple[int, ...]
     facts: Mapping[int, BranchFacts]
     rejected: tuple[tuple[str, str], ...]
-    met: MetBranches
+    entered: EnteredBranches
     below: bool
 
     @functools.cached_property

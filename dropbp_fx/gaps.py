@@ -39,7 +39,7 @@ def report_gaps(state: BackendState, gm: fx.GraphModule, search: BranchSearch, *
     trains = torch.is_grad_enabled() and any(map(_requires_grad, inputs))
     if not trains:
         return []
-    callers = _torch.calling_modules()
+    callers = _torch.calling_modules().called
     layer = unwrapped(callers[0]) if callers else None
     home = None if layer is None else home_of(layer, callers)
     in_layer = layer is not None and home is not None and is_one_of_several(layer, home)

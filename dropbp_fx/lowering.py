@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
-from dropbp_fx.captured import CapturedGraph, MetBranches
+from dropbp_fx.captured import CapturedGraph, EnteredBranches
 from dropbp_fx.config import BackendConfig
+from dropbp_fx.entering import enter_branches, enter_module, parameters_of
 from dropbp_fx.gaps import report_gaps
 from dropbp_fx.graph.branches import find_branches
 from dropbp_fx.graph.copying import copy_graph_module
@@ -24,7 +24,6 @@ from dropbp_fx.graph.normalise import normalise_inplace_adds
 from dropbp_fx.graph.regions import RegionProgram, split_into_regions
 from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
-from dropbp_fx.meeting import enter, meet, parameters_of
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.dispatch import PatternSource, RegionRunner
@@ -32,7 +31,7 @@ from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.per_module import PerModule
 from dropbp_fx.runtime.variants import RegionVariants
 from dropbp_fx.runtime.whole import WholeRunner
-from dropbp_fx.shortfall import NoResidualBranchWarning
+from dropbp_fx.shortfall import NoResidualBranchWarning, unsupported_text
 from dropbp_fx.state import BackendState, GraphPatterns
 
 log = logging.getLogger("dropbp_fx")
@@ -52,10 +51,10 @@ class Lowering:
     state: BackendState
     compiler: Compiler
 
-    def capture(self, gm: fx.GraphModule, *, whole: bool = False) -> CapturedGraph | MetBranches:
+    def capture(self, gm: fx.GraphModule, *, whole: bool = False) -> CapturedGraph | EnteredBranches:
         """Everything that happens to a graph before something is compiled for it. A graph in which nothing can be
-        dropped is left as it was, and only its branches are met; with ``whole``, for an explanation, it is one region and
-        no warning is due.
+        dropped is left as it was, and only its branches are entered; with ``whole``, for an explanation, it is one region
+        and no warning is due.
         """
         if self.config.policy.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
@@ -64,36 +63,37 @@ class Lowering:
         except UnsupportedWriteError as error:
             if whole:
                 raise NotImplementedError(f"This graph cannot be explained: {error}.") from error
-            self._report_unsupported(str(error))
-            return meet(self.state, gm, find_branches(gm).branches, may_drop=False)
+            text = unsupported_text(str(error))
+            self.state.shortfall.report(f"unsupported: {error}", text, NoResidualBranchWarning, error=ValueError)
+            return enter_branches(self.state, gm, find_branches(gm).branches, may_drop=False)
         gm = with_own_hooks(gm)
         normalise_inplace_adds(gm)
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = meet(self.state, gm, search.branches)
-        met, droppable = found.branches, found.droppable
-        found = dataclasses.replace(found, unsettled=tuple(report_gaps(self.state, gm, search, quiet=whole)))
+        found = enter_branches(self.state, gm, search.branches, quiet=whole)
+        entered, droppable = found.branches, found.droppable
+        found = dataclasses.replace(found, undecided=tuple(report_gaps(self.state, gm, search, quiet=whole)))
         if not droppable and not whole:
             return found
         facts = {
             branch.index: describe_branch(residual, parameters_of(residual))
-            for branch, residual in zip(met, search.branches, strict=True)
+            for branch, residual in zip(entered, search.branches, strict=True)
         }
         branches = [search.branches[position] for position in droppable]
         gates = insert_gates(gm, branches, drop=self.config.policy.drop, rescale=self.config.policy.rescale)
         program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
-        names = [met[position].name for position in droppable]
+        names = [entered[position].name for position in droppable]
         variants = self._variants_of(program, names)
         if artifacts.wanted():
             self._show(gm, program, variants, names)
         graph = CapturedGraph(
             program=program,
             variants=variants,
-            indices=tuple(met[position].index for position in droppable),
+            indices=tuple(entered[position].index for position in droppable),
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
-            met=found,
+            entered=found,
             below=self.config.policy.drop == "below",
         )
         return self._with_ways_to_trainable_inputs(graph)
@@ -103,8 +103,8 @@ class Lowering:
         not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
         dropped, nothing would be left to train.
         """
-        met = graph.met
-        frozen = [k for k, index in enumerate(graph.indices) if index not in met.presence.trainable]
+        entered = graph.entered
+        frozen = [k for k, index in enumerate(graph.indices) if index not in entered.presence.trainable]
         leading: set[int] = set()
         if frozen:
             everything = frozenset(range(len(graph.indices)))
@@ -112,60 +112,52 @@ class Lowering:
             for k in frozen:
                 alone = graph.planner.reached(everything - {k})
                 if any(inputs & ~known for inputs, known in zip(alone, without, strict=True)):
-                    leading.add(met.droppable[k])
-        found = met.with_trainable(leading)
+                    leading.add(entered.droppable[k])
+        found = entered.with_trainable(leading)
         if found.training:
             self.state.sampler.present(found.presence, in_part=True)  # until its forward
-        if found is met:
+        if found is entered:
             return graph
-        whole = dataclasses.replace(graph, met=found)
+        whole = dataclasses.replace(graph, entered=found)
         whole.__dict__["planner"] = graph.planner
         return whole
 
     def _enter(self, graph: CapturedGraph, parameters: Sequence[Tensor], arguments: Sequence[Any]) -> PatternSource:
         """The policy for the module of these parameters, one that ``graph`` serves."""
-        met, state = graph.met, self.state
-        own = enter(state, met, parameters)
+        entered, state = graph.entered, self.state
+        own = enter_module(state, entered, parameters)
         if own is None:
-            return GraphPatterns(state, graph.indices, graph.below, met.presence)
-        index_of = {branch.index: mine.index for branch, mine in zip(met.branches, own, strict=True)}
-        twin = dataclasses.replace(
+            return GraphPatterns(state, graph.indices, graph.below, entered.presence)
+        index_of = {branch.index: mine.index for branch, mine in zip(entered.branches, own, strict=True)}
+        of_module = dataclasses.replace(
             graph,
             indices=tuple(index_of[index] for index in graph.indices),
             facts={index_of[index]: facts for index, facts in graph.facts.items()},
         )
-        twin.__dict__["planner"] = graph.planner  # plans depend on the code alone
-        if not any(set(twin.indices) & set(known.indices) for known in state.graphs):  # else met through other code
-            state.graphs.append(twin)
-        return GraphPatterns(state, twin.indices, twin.below, met.presence_of(own, arguments))
+        of_module.__dict__["planner"] = graph.planner  # plans depend on the code alone
+        known = [index for graph in state.graphs for index in graph.indices]  # of them, if entered through other code
+        if set(of_module.indices).isdisjoint(known):
+            state.graphs.append(of_module)
+        return GraphPatterns(state, of_module.indices, of_module.below, entered.presence_of(own, arguments))
 
-    def whole(self, gm: fx.GraphModule, inputs: Sequence[Any], met: MetBranches) -> Callable[..., Any]:
+    def whole(self, gm: fx.GraphModule, inputs: Sequence[Any], entered: EnteredBranches) -> Callable[..., Any]:
         """Code of a graph in which nothing can be dropped. If it is a training graph, its forwards count."""
         run = self.compiler.whole(gm, inputs)
-        if met.idle:
-            run = self.state.shortfall.watched(run, met.idle, "mode")
-        elif met.unsettled:
-            run = self.state.shortfall.watched(run, met.unsettled, "absence")
-        if not met.training:
+        if entered.idle:
+            run = self.state.shortfall.watched(run, entered.idle, "mode")
+        elif entered.undecided:
+            run = self.state.shortfall.watched(run, entered.undecided, "absence")
+        if not entered.training:
             return run
         below = self.config.policy.drop == "below"
 
-        def enter_module(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> PatternSource:
-            own = enter(self.state, met, parameters)
-            presence = met.presence if own is None else met.presence_of(own, arguments)
+        def enter(parameters: Sequence[Tensor], arguments: Sequence[Any]) -> PatternSource:
+            own = enter_module(self.state, entered, parameters)
+            presence = entered.presence if own is None else entered.presence_of(own, arguments)
             return GraphPatterns(self.state, (), below, presence)
 
-        first: PatternSource = GraphPatterns(self.state, (), below, met.presence)
-        return WholeRunner(run, PerModule(met.identifying, first, enter_module))
-
-    def _report_unsupported(self, reason: str) -> None:
-        message = (
-            f"Nothing will be dropped in one of the model's graphs, because {reason}. Let the model write to a copy instead "
-            "(x = x.clone()), or leave it at that: the graph trains as under torch.compile without dropping."
-        )
-        if self.config.strict:
-            raise ValueError(message)
-        warnings.warn(message, NoResidualBranchWarning, stacklevel=2)
+        first: PatternSource = GraphPatterns(self.state, (), below, entered.presence)
+        return WholeRunner(run, PerModule(entered.identifying, first, enter))
 
     def _show(
         self, gm: fx.GraphModule, program: RegionProgram, variants: Sequence[RegionVariants], names: Sequence[str]
@@ -206,12 +198,12 @@ class Lowering:
         for region, variant in zip(graph.program.regions, graph.variants, strict=True):
             for label, branch in enumerate(region.branches):
                 index = graph.indices[branch]
-                trainable = index in graph.met.presence.trainable
+                trainable = index in graph.entered.presence.trainable
                 sampler.rated.record_flops(index, variant.saved_flops(label), trainable=trainable)
         sampler.rated.assign()
         sources: PerModule[PatternSource] = PerModule(
-            graph.met.identifying,
-            GraphPatterns(self.state, graph.indices, graph.below, graph.met.presence),
+            graph.entered.identifying,
+            GraphPatterns(self.state, graph.indices, graph.below, graph.entered.presence),
             functools.partial(self._enter, graph),
         )
         runner = RegionRunner(graph.planner, sources, below=graph.below)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dropbp_fx._torch import GraphBreak
@@ -299,6 +299,23 @@ def sharing_text(names: Sequence[str]) -> str:
         "each module's forward as one of its own. One branch is kept in each of these forwards, so less is dropped than was "
         "asked for. If they are layers of one model, call backend.register(model) before its first forward; if they are "
         "models of their own, register each of them."
+    )
+
+
+def namesakes_text(name: str, known: nn.Module, other: nn.Module) -> str:
+    """Two modules inside of one other look like one."""
+    return (
+        f"Two modules of class {type(known).__name__} and {type(other).__name__} have a branch named {name!r}, and run "
+        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
+        "backend.register(model) before its first forward; if they are models of their own, register each of them."
+    )
+
+
+def unsupported_text(reason: str) -> str:
+    """A graph writes into its inputs as no region may."""
+    return (
+        f"Nothing will be dropped in one of the model's graphs, because {reason}. Let the model write to a copy instead "
+        "(x = x.clone()), or leave it at that: the graph trains as under torch.compile without dropping."
     )
 
 

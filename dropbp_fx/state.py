@@ -48,7 +48,6 @@ class BackendState:
     holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
-    warned_of_namesakes: bool = False
     step_watch: CompiledStepWatch | None = None
 
     @classmethod
@@ -69,7 +68,6 @@ class BackendState:
         )
         listeners: list[Listener] = []
         shortfall = Shortfall(sampler, listeners, strict=config.strict)
-        shortfall.expect_a_call()
         return cls(
             sampler,
             CompileCounts(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -567,6 +568,11 @@ def test_a_write_into_memory_that_inputs_share_leaves_the_graph_whole() -> None:
         else:
             results.append(function(x, x[0]).detach())
     torch.testing.assert_close(results[1], results[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoResidualBranchWarning)
+        torch._dynamo.reset()
+        x = torch.ones(4, WIDTH)
+        run(x, x[0])  # it was said
 
 
 @pytest.mark.parametrize("program", [add_scalar, return_it], ids=lambda program: program.__name__)

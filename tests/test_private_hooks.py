@@ -21,8 +21,8 @@ ROOM = PACKAGE / "_torch"
 REGISTERED = {hook.name for hook in _torch.HOOKS}
 
 
-#: Private names of Python and of Transformers.
-OTHERS = {"_getframe", "_from_config"}
+#: Private names of Transformers.
+OTHERS = {"_from_config"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dropbp_fx import DropBPBackend, dropbp_backend
+from dropbp_fx import DropBPBackend, dropbp_backend, explain
 from tests.helpers import make_backend
 from tests.test_trainability import Net, loss, make, step, train_only
 
@@ -181,22 +182,39 @@ def test_registered_models_keep_their_order_and_are_told_apart_inside_of_another
     assert [branch.name for branch in backend.branches] == second(NAMES) + NAMES, "in the order in which they ran"
 
 
-def test_namesakes_of_two_graphs_inside_of_one_module_are_reported() -> None:
-    class Pair(nn.Module):
-        def __init__(self, backend: DropBPBackend) -> None:
-            super().__init__()
-            self.first, self.other = Net(depth=2), Critic(depth=3)
-            self.first.compile(backend=backend)
-            self.other.compile(backend=backend)
+class Pair(nn.Module):
+    """Two models inside of one, each compiled by itself."""
 
-        def forward(self, x: torch.Tensor) -> Any:
-            return self.first(x) + self.other(x)
+    def __init__(self, backend: DropBPBackend) -> None:
+        super().__init__()
+        self.first, self.other = Net(depth=2), Critic(depth=3)
+        self.first.compile(backend=backend)
+        self.other.compile(backend=backend)
 
-    pair = Pair(dropbp_backend(0.5, inner="aot_eager", seed=0))
-    with pytest.warns(
-        UserWarning, match="class Net and Critic have a branch named 'blocks.0.inner'.*count as the same ones"
-    ):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.first(x) + self.other(x)
+
+
+NAMESAKES = "class Net and Critic have a branch named 'blocks.0.inner'.*count as the same ones"
+
+
+def test_namesakes_of_two_graphs_inside_of_one_module_are_reported_once() -> None:
+    backend = dropbp_backend(0.5, inner="aot_eager", seed=0)
+    pair = Pair(backend)
+    with pytest.warns(UserWarning, match=NAMESAKES):
         loss(pair).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch._dynamo.reset()
+        loss(pair).backward()
+    (text,) = explain(backend).shortfall
+    assert re.search(NAMESAKES, text)
+
+
+def test_strict_refuses_namesakes() -> None:
+    pair = Pair(dropbp_backend(0.5, inner="aot_eager", seed=0, strict=True))
+    with pytest.raises(Exception, match=NAMESAKES):
+        loss(pair)
 
 
 def test_sensitivities_are_shared_out_within_each_model() -> None:

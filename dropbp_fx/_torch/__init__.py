@@ -31,6 +31,7 @@ from dropbp_fx._torch.compiling import (
     run_graph_eagerly,
 )
 from dropbp_fx._torch.dynamo import (
+    Callers,
     GraphBreak,
     Owned,
     calling_modules,
@@ -96,6 +97,7 @@ __all__ = [
     "SET_GRAD_ENABLED",
     "WRAPPED_MODULES",
     "BoxedCode",
+    "Callers",
     "CheckpointCall",
     "Compiled",
     "Compiler",

@@ -154,15 +154,34 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
     return found
 
 
-def calling_modules() -> tuple[torch.nn.Module, ...]:
-    """The modules that this thread is calling at this point, innermost first."""
-    found: list[torch.nn.Module] = []
+class Callers(NamedTuple):
+    """The modules up this thread's stack, innermost first, each as often as it is there.
+
+    Attributes:
+        called: those that are being called.
+        running: those whose methods run, called or not: ``LightningModule.training_step`` is not.
+    """
+
+    called: tuple[torch.nn.Module, ...]
+    running: tuple[torch.nn.Module, ...]
+
+
+def calling_modules() -> Callers:
+    """The modules that this thread is calling, or runs methods of, at this point."""
+    called: list[torch.nn.Module] = []
+    running: list[torch.nn.Module] = []
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is torch.nn.Module.__call__.__code__:
-            found.append(frame.f_locals["self"])
+        code = frame.f_code
+        # A frame whose locals are looked at keeps their values until it ends; a training loop's may be large.
+        if "self" in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            module = frame.f_locals.get("self")
+            if isinstance(module, torch.nn.Module):
+                running.append(module)
+                if code is torch.nn.Module.__call__.__code__:
+                    called.append(module)
         frame = frame.f_back
-    return tuple(found)
+    return Callers(tuple(called), tuple(running))
 
 
 def is_compiled(module: torch.nn.Module) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -24,16 +23,17 @@ class Models:
     def register(self, model: nn.Module) -> None:
         """Take ``model`` for one of its own, whatever it runs inside of."""
         self._registered.add(model)
-        self.number_of([model])
+        self.number_of([model], ())
 
-    def number_of(self, roots: Sequence[nn.Module]) -> tuple[int, bool]:
+    def number_of(self, roots: Sequence[nn.Module], running: Iterable[nn.Module]) -> tuple[int, bool]:
         """The number of the model that a graph with these outermost modules belongs to, and whether it has just become it.
 
         Args:
             roots: the modules, and known ones that hold them.
+            running: the modules whose methods run now.
         """
         registered = [root for root in roots if root in self._registered]
-        members = registered[:1] or [*roots, *_around(roots)]
+        members = registered[:1] or [*roots, *_around(roots, running)]
         if not members:  # a function that reaches no module
             return 1, False
         for attempt in ("as it is", "without garbage"):
@@ -51,21 +51,11 @@ class Models:
         return len(self._members), False
 
 
-def running_modules() -> Iterator[nn.Module]:
-    """The modules whose methods this thread is in the middle of, innermost first."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        running = frame.f_locals.get("self")
-        if isinstance(running, nn.Module):
-            yield running
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-def running_owner(parameters: Sequence[Tensor], names: Sequence[str]) -> nn.Module | None:
-    """The innermost running module that calls ``parameters`` by these ``names``."""
+def owner_among(running: Iterable[nn.Module], parameters: Sequence[Tensor], names: Sequence[str]) -> nn.Module | None:
+    """The first one of the ``running`` modules that calls ``parameters`` by these ``names``."""
     if not names:
         return None
-    return next((module for module in running_modules() if _has(module, parameters, names)), None)
+    return next((module for module in running if _has(module, parameters, names)), None)
 
 
 def _has(module: nn.Module, parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
@@ -79,7 +69,7 @@ def _found(module: nn.Module, path: str) -> object:
     return found
 
 
-def _around(roots: Iterable[nn.Module]) -> list[nn.Module]:
-    """Running modules that hold one of ``roots``."""
+def _around(roots: Iterable[nn.Module], running: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the ``running`` modules that hold one of ``roots``."""
     wanted = set(map(id, roots))
-    return [module for module in dict.fromkeys(running_modules()) if wanted & set(map(id, module.modules()))]
+    return [module for module in dict.fromkeys(running) if wanted & set(map(id, module.modules()))]

@@ -2,7 +2,8 @@
 
 from dropbp_fx.inspect.dump import dump_graphs
 from dropbp_fx.inspect.explaining import explain
-from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation, Prediction
+from dropbp_fx.inspect.explanation import Explanation
+from dropbp_fx.inspect.figures import ExplainedBranch, Prediction
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
 
 __all__ = [

@@ -11,9 +11,7 @@ import torch
 from torch import fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.captured import CapturedGraph
-from dropbp_fx.runtime.compiler import CompileCounts, Compiler
+from dropbp_fx.rehearsal import Captures, Rehearsal
 
 
 class _Captured(BaseException):
@@ -21,9 +19,9 @@ class _Captured(BaseException):
 
 
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], make_backend: Callable[[], DropBPBackend]
-) -> tuple[DropBPBackend, tuple[CapturedGraph, ...]]:
-    """The training graphs that a new backend makes of ``model(*args, **kwargs)``, and that backend.
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rehearse: Callable[[], Rehearsal]
+) -> Captures:
+    """The training graphs that a new backend makes of ``model(*args, **kwargs)``.
 
     A model in one graph is captured with one trace and no operator run. A model that Dynamo breaks into several has its
     operators run on fake tensors, so that the later graphs are met.
@@ -40,27 +38,16 @@ def capture(
     model = _torch.original_module(model)
     mode = _torch.fake_mode_of(model.parameters()) or _torch.new_fake_mode()
     arguments = _torch.tree_map_only(torch.Tensor, lambda t: _torch.fake_copy(t, mode), (tuple(args), dict(kwargs)))
-    backend = make_backend()
     try:
-        return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=True)
-    except _torch.unsupported_code():
-        backend = make_backend()  # a graph break: what the first one has met is a part of the model
-        return backend, _graphs(fake_copy(model, mode), arguments, mode, backend, whole=False)
+        return _captures(fake_copy(model, mode), arguments, mode, rehearse(), whole=True)
+    except _torch.unsupported_code():  # a graph break: what the first rehearsal has met is a part of the model
+        return _captures(fake_copy(model, mode), arguments, mode, rehearse(), whole=False)
 
 
-def _graphs(
-    fake: nn.Module, arguments: tuple[Any, Any], mode: Any, backend: DropBPBackend, *, whole: bool
-) -> tuple[CapturedGraph, ...]:
-    found: list[CapturedGraph] = []
-    compiler = Compiler(
-        backend._config.inner, dict(backend._config.options), CompileCounts(), backend._config.activation_memory_budget
-    )
-
+def _captures(fake: nn.Module, arguments: tuple[Any, Any], mode: Any, rehearsal: Rehearsal, *, whole: bool) -> Captures:
     def keep(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Any:
         run = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if not whole else None
-        graph = backend._lowering(compiler).capture(gm, whole=True)
-        assert isinstance(graph, CapturedGraph)  # whole=True
-        found.append(graph)
+        rehearsal.capture(gm)
         return _leave if run is None else run.forward
 
     # Dynamo keeps its caches on code objects; one of its own keeps them apart from the caller's.
@@ -78,7 +65,7 @@ def _graphs(
                 "forward depends on the values of its inputs, train one step with a backend and pass that backend to "
                 "explain()."
             ) from error
-    return tuple(found)
+    return rehearsal.captures
 
 
 def _leave(*_arguments: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,10 @@ from dropbp_fx.entry import dropbp_backend
 from dropbp_fx.graph.cost import branch_forward_flops, joint_cost
 from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel
-from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
+from dropbp_fx.inspect.explanation import Explanation
+from dropbp_fx.inspect.figures import ExplainedBranch
 from dropbp_fx.policy.branches import Branch
+from dropbp_fx.rehearsal import Captures, Rehearsal, captures_of
 
 
 def explain(
@@ -34,7 +36,7 @@ def explain(
     in evaluation mode is explained as in training mode.
 
     Args:
-        model: the model; or a backend whose model has run, to explain the graphs it has met.
+        model: the model; or a backend whose model has run, to explain the graphs it has found.
         args: the arguments of the model's forward; tensors on the meta device will do.
         backend: explain the model for this backend's rate, granularity and inner compiler; it stays unused.
         kwargs: the keyword arguments of the model's forward.
@@ -47,7 +49,7 @@ def explain(
     if isinstance(model, DropBPBackend):
         if args or kwargs or backend is not None:
             raise ValueError(
-                "explain() of a backend takes no further argument: it explains the graphs which that backend has met. To "
+                "explain() of a backend takes no further argument: it explains the graphs which that backend has found. To "
                 "explain a model, pass the model and the arguments of its forward."
             )
         return _explain_live(model)
@@ -56,45 +58,43 @@ def explain(
             f"backend must be what dropbp_backend() returns, not {type(backend).__name__}; explain() takes its rate, "
             "granularity and inner compiler."
         )
-    config = (backend if backend is not None else dropbp_backend())._config
-    met, graphs = capture(model, args, kwargs, lambda: DropBPBackend(config))
+    asked = backend if backend is not None else dropbp_backend()
+    captures = capture(model, args, kwargs, lambda: Rehearsal(asked))
     parameters = list(model.parameters())
     return _explained(
         type(_torch.original_module(model)).__name__,
-        met,
-        graphs,
-        rate=config.policy.rate if backend is None else backend.rate,
+        captures,
+        rate=asked.rate,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
 
 
 def _explain_live(backend: DropBPBackend) -> Explanation:
-    graphs = tuple(backend._state.graphs)
-    if not graphs:
+    captures = captures_of(backend)
+    if not captures.graphs:
         raise ValueError(
             "This backend has not met a training graph with residual branches, so there is nothing to explain. Run a "
             "training forward of the compiled model first, or pass the model to explain()."
         )
-    return _explained("backend", backend, graphs, rate=backend.rate, parameters=None, trainable=None)
+    return _explained("backend", captures, rate=backend.rate, parameters=None, trainable=None)
 
 
 def _explained(
     model: str,
-    backend: DropBPBackend,
-    graphs: Sequence[CapturedGraph],
+    captures: Captures,
     *,
     rate: float,
     parameters: int | None,
     trainable: int | None,
 ) -> Explanation:
-    inner = backend._config.inner
+    inner = captures.inner
     costs = CostModel(_torch.inductor_decompositions() if inner == "inductor" else None)
-    table = {branch.index: branch for branch in backend.branches}
-    measured = backend.sensitivity
+    table = {branch.index: branch for branch in captures.branches}
+    measured = captures.sensitivity
     sensitivities = {} if measured is None else dict(zip(measured.names, measured.values, strict=True))
     explained: dict[int, ExplainedBranch] = {}
-    for number, graph in enumerate(graphs):
+    for number, graph in enumerate(captures.graphs):
         for branch in _branches_of(number, graph, table, sensitivities, costs):
             known = explained.get(branch.index)
             if known is None or (branch.droppable and not known.droppable):
@@ -102,15 +102,15 @@ def _explained(
     return Explanation(
         model=model,
         branches=[explained[index] for index in sorted(explained)],
-        graphs=graphs,
+        graphs=captures.graphs,
         costs=costs,
-        granularity=backend.policy.granularity,
+        granularity=captures.policy.granularity,
         rate=rate,
         inner=inner if isinstance(inner, str) else "custom",
-        pattern=backend.policy.draws,
+        pattern=captures.policy.draws,
         parameters=parameters,
         trainable_parameters=trainable,
-        shortfall=backend._state.shortfall.texts,
+        shortfall=captures.shortfall,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
-    from dropbp_fx.inspect.history import PatternHistory
+from dropbp_fx.inspect.figures import ExplainedBranch
+from dropbp_fx.inspect.findings import Findings
 
 #: What a heat map can show, and what its scale is called.
 VALUES = {
@@ -37,10 +36,10 @@ class Grid:
     cells: tuple[tuple[ExplainedBranch | None, ...], ...]
 
 
-def grid(explanation: Explanation) -> Grid:
+def grid(findings: Findings) -> Grid:
     """Arrange the branches of an explanation by layer and by their name within it."""
     layers: dict[str, dict[str, ExplainedBranch]] = {}
-    for branch in explanation.branches:
+    for branch in findings.branches:
         row = layers.setdefault(branch.layer, {})
         column = branch.name.removeprefix(f"{branch.layer}.") or branch.kind
         row[column if column not in row else f"{column} {len(row)}"] = branch
@@ -57,7 +56,7 @@ def figure_of(branch: ExplainedBranch, value: str) -> float | None:
     return None if found is None else float(found)
 
 
-def draw(explanation: Explanation, path: Path, value: str) -> None:
+def draw(findings: Findings, path: Path, value: str) -> None:
     """Draw the heat map of one figure to ``path``.
 
     Raises:
@@ -66,7 +65,7 @@ def draw(explanation: Explanation, path: Path, value: str) -> None:
     """
     if value not in VALUES:
         raise ValueError(f"A heat map shows one of {', '.join(map(repr, VALUES))}, not {value!r}.")
-    table = grid(explanation)
+    table = grid(findings)
     figures = [[None if cell is None else figure_of(cell, value) for cell in row] for row in table.cells]
     if not any(figure is not None for row in figures for figure in row):
         raise ValueError(
@@ -86,28 +85,33 @@ def draw(explanation: Explanation, path: Path, value: str) -> None:
     step = max(1, len(table.layers) // 40)
     axes.set_yticks(range(0, len(table.layers), step), table.layers[::step])
     canvas.colorbar(image, label=VALUES[value])
-    axes.set_title(explanation.model)
+    axes.set_title(findings.model)
     canvas.savefig(path, dpi=120)
     pyplot.close(canvas)
 
 
-def draw_history(history: PatternHistory, path: Path) -> None:
+def draw_patterns(patterns: Sequence[frozenset[int]], names: Mapping[int, str], path: Path) -> None:
     """Draw a run's patterns, a column for each forward and a row for each branch, to ``path``.
+
+    Args:
+        patterns: for each forward the indices of the branches that it dropped.
+        names: the name of each branch, by index.
+        path: where to.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: no forward was recorded.
     """
-    if not history.patterns:
+    if not patterns:
         raise ValueError(
             "No training forward was recorded, so there is no history to draw. Train within record_patterns()."
         )
     pyplot = _pyplot()
-    rows: Sequence[Sequence[bool]] = [[index in pattern for pattern in history.patterns] for index in history.indices]
-    width = min(16.0, 3 + 0.08 * len(history.patterns))
+    rows: Sequence[Sequence[bool]] = [[index in pattern for pattern in patterns] for index in sorted(names)]
+    width = min(16.0, 3 + 0.08 * len(patterns))
     canvas, axes = pyplot.subplots(figsize=(width, 1.2 + 0.2 * len(rows)), layout="constrained")
     axes.imshow(rows, aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [history.names[index] for index in history.indices], fontsize=8)
+    axes.set_yticks(range(len(rows)), [names[index] for index in sorted(names)], fontsize=8)
     axes.set(xlabel="training forward", title="dropped branches (dark)")
     canvas.savefig(path, dpi=120)
     pyplot.close(canvas)

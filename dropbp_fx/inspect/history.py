@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dropbp_fx.backend import DropBPBackend
+from dropbp_fx.inspect import heatmap
 
 
 @dataclasses.dataclass
@@ -40,9 +41,7 @@ class PatternHistory:
             ImportError: matplotlib is not installed.
             ValueError: no forward was recorded.
         """
-        from dropbp_fx.inspect import heatmap
-
-        heatmap.draw_history(self, Path(path))
+        heatmap.draw_patterns(self.patterns, self.names, Path(path))
 
     def add(self, indices: Sequence[int], dropped: frozenset[int]) -> None:
         """Enter what one graph's forward dropped. A branch that comes again starts a new forward."""

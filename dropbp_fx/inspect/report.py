@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import dropbp_fx
 from dropbp_fx import _torch
 from dropbp_fx.inspect import heatmap, tables
-
-if TYPE_CHECKING:
-    from dropbp_fx.inspect.explanation import Explanation
+from dropbp_fx.inspect.figures import RATES
+from dropbp_fx.inspect.findings import Findings
+from dropbp_fx.version import __version__
 
 #: Layers with more branches than this show single drops only, not every variant.
 _EVERY_VARIANT = 3
 
 
-def html(explanation: Explanation, layer: str | None = None) -> str:
+def html(findings: Findings, layer: str | None, svg: Callable[..., str]) -> str:
     """The page as text.
+
+    Args:
+        findings: what it shows.
+        layer: the layer whose graph is shown; the first one with a droppable branch if ``None``.
+        svg: draws that graph, given the ``layer`` and the indices of the branches that are ``dropped``.
 
     Raises:
         ImportError: jinja2 or pydot is not installed.
@@ -38,15 +42,13 @@ def html(explanation: Explanation, layer: str | None = None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    from dropbp_fx.inspect.explanation import RATES
-
-    predictions = [explanation.predict(rate) for rate in RATES]
-    graphs, no_graph = _graphs(explanation, layer)
-    headers, rows = tables.shown_columns(explanation)
+    predictions = [findings.predict(rate) for rate in RATES]
+    graphs, no_graph = _graphs(findings, layer, svg)
+    headers, rows = tables.shown_columns(findings)
     return environment.get_template("report.html.j2").render(
-        explanation=explanation,
-        headline=tables.headline(explanation),
-        footnote=tables.footnote(explanation),
+        explanation=findings,
+        headline=tables.headline(findings),
+        footnote=tables.footnote(findings),
         headers=headers,
         rows=rows,
         quantity=tables.quantity,
@@ -54,9 +56,9 @@ def html(explanation: Explanation, layer: str | None = None) -> str:
         memory_points=_points([prediction.relative_memory for prediction in predictions]),
         graphs=graphs,
         no_graph=no_graph,
-        grid=heatmap.grid(explanation),
-        values={value: label for value, label in heatmap.VALUES.items() if _known(explanation, value)},
-        versions={"dropbp_fx": dropbp_fx.__version__, **_torch.versions()},
+        grid=heatmap.grid(findings),
+        values={value: label for value, label in heatmap.VALUES.items() if _known(findings, value)},
+        versions={"dropbp_fx": __version__, **_torch.versions()},
         data={
             "predictions": [
                 {
@@ -69,44 +71,42 @@ def html(explanation: Explanation, layer: str | None = None) -> str:
                 }
                 for prediction in predictions
             ],
-            "heat": _heat(explanation),
+            "heat": _heat(findings),
         },
     )
 
 
 def _points(values: list[float]) -> str:
     """A curve over the rates for an SVG polyline in a box of 100 x 100, 0 at the bottom."""
-    from dropbp_fx.inspect.explanation import RATES
-
     return " ".join(f"{100 * rate:.1f},{100 - 100 * value:.2f}" for rate, value in zip(RATES, values, strict=True))
 
 
-def _known(explanation: Explanation, value: str) -> bool:
-    return any(heatmap.figure_of(branch, value) is not None for branch in explanation.branches)
+def _known(findings: Findings, value: str) -> bool:
+    return any(heatmap.figure_of(branch, value) is not None for branch in findings.branches)
 
 
-def _heat(explanation: Explanation) -> dict[str, list[list[float | None]]]:
-    cells = heatmap.grid(explanation).cells
+def _heat(findings: Findings) -> dict[str, list[list[float | None]]]:
+    cells = heatmap.grid(findings).cells
     return {
         value: [[None if cell is None else heatmap.figure_of(cell, value) for cell in row] for row in cells]
         for value in heatmap.VALUES
-        if _known(explanation, value)
+        if _known(findings, value)
     }
 
 
-def _graphs(explanation: Explanation, layer: str | None) -> tuple[list[dict[str, Any]], str]:
+def _graphs(findings: Findings, layer: str | None, svg: Callable[..., str]) -> tuple[list[dict[str, Any]], str]:
     """The pictures of a layer's variants, each with a title; or the reason why there is none."""
-    layers = explanation.layers()
+    layers = findings.layers()
     if not layers:
         return [], "No branch is droppable, so there is no pruned graph to show."
     layer = layers[0] if layer is None else layer
-    mine = [branch for branch in explanation.droppable if branch.layer == layer]
+    mine = [branch for branch in findings.droppable if branch.layer == layer]
     try:
         return [
             {
                 "title": ", ".join(branch.kind for branch in pattern) + " dropped" if pattern else "nothing dropped",
                 "names": [branch.name for branch in pattern],
-                "svg": _inline(explanation.to_svg(layer=layer, dropped=[branch.index for branch in pattern])),
+                "svg": _inline(svg(layer=layer, dropped=[branch.index for branch in pattern])),
             }
             for pattern in _variants(mine)
         ], ""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from dropbp_fx import _torch
+from dropbp_fx.inspect.figures import ExplainedBranch
+from dropbp_fx.inspect.findings import Findings
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from dropbp_fx.inspect.explanation import ExplainedBranch, Explanation
 
 #: Rates that the second table of ``print(explanation)`` shows.
 _SHOWN_RATES = (0.0, 0.25, 0.5, 0.75, 0.875)
@@ -62,37 +62,35 @@ def _one_or_range(column: Sequence[str]) -> str:
     return f"{{{shown}}}"
 
 
-def text(explanation: Explanation, style: str = "simple") -> str:
+def text(findings: Findings, style: str = "simple") -> str:
     """The tables of an explanation in one of tabulate's styles, with a line above and one below."""
-    lines = [headline(explanation), "", branch_table(explanation, style), "", prediction_table(explanation, style)]
-    for sentence in explanation.shortfall:
+    lines = [headline(findings), "", branch_table(findings, style), "", prediction_table(findings, style)]
+    for sentence in findings.shortfall:
         lines += ["", *textwrap.wrap(sentence, 120)]
-    return "\n".join([*lines, "", *textwrap.wrap(footnote(explanation), 120)])
+    return "\n".join([*lines, "", *textwrap.wrap(footnote(findings), 120)])
 
 
-def headline(explanation: Explanation) -> str:
+def headline(findings: Findings) -> str:
     """One sentence on the model and one on what is compiled for it."""
-    droppable = len(explanation.droppable)
-    what = f"{explanation.model}: {_count(len(explanation.branches), 'residual branch', 'residual branches')}"
-    if droppable != len(explanation.branches):
+    droppable = len(findings.droppable)
+    what = f"{findings.model}: {_count(len(findings.branches), 'residual branch', 'residual branches')}"
+    if droppable != len(findings.branches):
         what += f", {droppable} of them droppable"
-    if explanation.parameters is not None and explanation.trainable_parameters is not None:
-        what += (
-            f"; {quantity(explanation.parameters)} parameters, {quantity(explanation.trainable_parameters)} trainable"
-        )
+    if findings.parameters is not None and findings.trainable_parameters is not None:
+        what += f"; {quantity(findings.parameters)} parameters, {quantity(findings.trainable_parameters)} trainable"
     return (
-        f"{what}. {_count(explanation.graphs, 'graph')} in {_count(explanation.regions, 'region')}, "
-        f"{explanation.unique_regions} unique; {_count(explanation.variants, 'variant')} to compile."
+        f"{what}. {_count(findings.graphs, 'graph')} in {_count(findings.regions, 'region')}, "
+        f"{findings.unique_regions} unique; {_count(findings.variants, 'variant')} to compile."
     )
 
 
-def footnote(explanation: Explanation) -> str:
+def footnote(findings: Findings) -> str:
     """What the figures mean."""
     return (
         "FLOPs: matrix products, convolutions and attention; backward FLOPs are what dropping the branch saves. Saved: "
         "bytes held for the backward, branch kept / dropped. Step cost: forward and backward FLOPs against rate 0, "
-        f"without the optimizer; mean over draws of the pattern {explanation.pattern!r} (granularity "
-        f"{explanation.granularity!r}, inner {explanation.inner!r})."
+        f"without the optimizer; mean over draws of the pattern {findings.pattern!r} (granularity "
+        f"{findings.granularity!r}, inner {findings.inner!r})."
     )
 
 
@@ -102,10 +100,10 @@ BRANCH_HEADERS = (
 )
 
 
-def branch_rows(explanation: Explanation) -> list[list[str]]:
+def branch_rows(findings: Findings) -> list[list[str]]:
     """A row of texts for each group of branches, under :data:`BRANCH_HEADERS`."""
     rows = []
-    for group in group_branches(explanation.branches):
+    for group in group_branches(findings.branches):
         one = group.branches[0]
         row = [group.name, str(len(group.branches)), one.kind]
         row += [quantity(one.parameters), quantity(one.trainable_parameters)]
@@ -120,25 +118,25 @@ def branch_rows(explanation: Explanation) -> list[list[str]]:
     return rows
 
 
-def shown_columns(explanation: Explanation) -> tuple[list[str], list[list[str]]]:
+def shown_columns(findings: Findings) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the branches without the columns that say nothing for this model."""
-    rows = branch_rows(explanation)
+    rows = branch_rows(findings)
     shown = [column for column in range(len(BRANCH_HEADERS)) if any(row[column] for row in rows)]
     return [BRANCH_HEADERS[column] for column in shown], [[row[column] for column in shown] for row in rows]
 
 
-def branch_table(explanation: Explanation, style: str = "simple") -> str:
+def branch_table(findings: Findings, style: str = "simple") -> str:
     """The branches, those of identical layers merged; columns that say nothing for this model are left out."""
-    headers, rows = shown_columns(explanation)
+    headers, rows = shown_columns(findings)
     if not rows:
         return "No residual branch was found."
     align = ["left" if header in ("branch", "kind") else "right" for header in headers]
     return tabulate(rows, headers, tablefmt=style, colalign=align, disable_numparse=True)
 
 
-def prediction_table(explanation: Explanation, style: str = "simple") -> str:
+def prediction_table(findings: Findings, style: str = "simple") -> str:
     """Predicted cost and memory at a few rates and at the backend's own."""
-    rates = sorted({*_SHOWN_RATES, explanation.rate})
+    rates = sorted({*_SHOWN_RATES, findings.rate})
     rows = [
         [
             f"{prediction.rate:g}",
@@ -149,7 +147,7 @@ def prediction_table(explanation: Explanation, style: str = "simple") -> str:
             byte_quantity(prediction.saved_bytes),
             f"{prediction.relative_memory:.3f}",
         ]
-        for prediction in map(explanation.predict, rates)
+        for prediction in map(findings.predict, rates)
     ]
     headers = ["rate", "dropped", "forward FLOPs", "backward FLOPs", "step cost", "saved", "saved, relative"]
     return tabulate(rows, headers, tablefmt=style, colalign=["right"] * len(headers), disable_numparse=True)
@@ -180,35 +178,35 @@ def _count(number: int, word: str, plural: str = "") -> str:
     return f"{number} {word if number == 1 else plural or word + 's'}"
 
 
-def as_dict(explanation: Explanation, rates: Iterable[float]) -> dict[str, Any]:
+def as_dict(findings: Findings, rates: Iterable[float]) -> dict[str, Any]:
     """Every figure in plain Python types; ``version`` grows when a key changes its meaning or goes away."""
     return {
         "version": _JSON_VERSION,
-        "model": explanation.model,
+        "model": findings.model,
         "versions": _torch.versions(),
-        "granularity": explanation.granularity,
-        "rate": explanation.rate,
-        "inner": explanation.inner,
-        "pattern": explanation.pattern,
-        "parameters": explanation.parameters,
-        "trainable_parameters": explanation.trainable_parameters,
-        "graphs": explanation.graphs,
-        "regions": explanation.regions,
-        "unique_regions": explanation.unique_regions,
-        "variants": explanation.variants,
-        "branches": [dataclasses.asdict(branch) for branch in explanation.branches],
-        "predictions": [dataclasses.asdict(explanation.predict(rate)) for rate in rates],
-        "shortfall": list(explanation.shortfall),
-        "rejected": [{"add": name, "reason": reason} for name, reason in explanation.rejected],
+        "granularity": findings.granularity,
+        "rate": findings.rate,
+        "inner": findings.inner,
+        "pattern": findings.pattern,
+        "parameters": findings.parameters,
+        "trainable_parameters": findings.trainable_parameters,
+        "graphs": findings.graphs,
+        "regions": findings.regions,
+        "unique_regions": findings.unique_regions,
+        "variants": findings.variants,
+        "branches": [dataclasses.asdict(branch) for branch in findings.branches],
+        "predictions": [dataclasses.asdict(findings.predict(rate)) for rate in rates],
+        "shortfall": list(findings.shortfall),
+        "rejected": [{"add": name, "reason": reason} for name, reason in findings.rejected],
     }
 
 
-def json_text(explanation: Explanation, rates: Iterable[float]) -> str:
+def json_text(findings: Findings, rates: Iterable[float]) -> str:
     """:func:`as_dict` as JSON."""
-    return json.dumps(as_dict(explanation, rates), indent=1)
+    return json.dumps(as_dict(findings, rates), indent=1)
 
 
-def dataframe(explanation: Explanation) -> pd.DataFrame:
+def dataframe(findings: Findings) -> pd.DataFrame:
     """The branches as a data frame.
 
     Raises:
@@ -220,7 +218,5 @@ def dataframe(explanation: Explanation) -> pd.DataFrame:
         raise ImportError(
             "to_dataframe() needs pandas: pip install 'dropbp-fx[inspect]', or pip install pandas."
         ) from error
-    from dropbp_fx.inspect.explanation import ExplainedBranch
-
     columns = [field.name for field in dataclasses.fields(ExplainedBranch)]
-    return pandas.DataFrame([dataclasses.asdict(branch) for branch in explanation.branches], columns=columns)
+    return pandas.DataFrame([dataclasses.asdict(branch) for branch in findings.branches], columns=columns)

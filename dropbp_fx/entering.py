@@ -3,49 +3,55 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.captured import MetBranches
+from dropbp_fx.captured import EnteredBranches
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
-from dropbp_fx.graph.owners import running_owner
+from dropbp_fx.graph.owners import owner_among
 from dropbp_fx.graph.values import example_value
 from dropbp_fx.policy.branches import Branch, in_model
 from dropbp_fx.policy.presence import Presence, leaves_of
 from dropbp_fx.runtime.per_module import IdentifyingParameters
-from dropbp_fx.shortfall import sharing_text
+from dropbp_fx.shortfall import namesakes_text, sharing_text
 from dropbp_fx.state import BackendState
 
 log = logging.getLogger("dropbp_fx")
 Owners = dict[fx.Node, _torch.Owned]
 
 
-def meet(
-    state: BackendState, gm: fx.GraphModule, branches: Sequence[ResidualBranch], *, may_drop: bool = True
-) -> MetBranches:
+def enter_branches(
+    state: BackendState,
+    gm: fx.GraphModule,
+    branches: Sequence[ResidualBranch],
+    *,
+    may_drop: bool = True,
+    quiet: bool = False,
+) -> EnteredBranches:
     """Enter the branches of a newly compiled graph, for the module that it is compiled for.
 
-    Without ``may_drop`` the graph runs as it is, and none of them is droppable in it.
+    Without ``may_drop`` the graph runs as it is, and none of them is droppable in it. ``quiet`` takes note of what is
+    amiss and warns of nothing.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     owners = _torch.outermost_modules(placeholders)
+    callers = _torch.calling_modules()
     names = name_branches(branches)
     prefixes = {owned.module: "" for owned in owners.values()}
     # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
     for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
-        _find_home(state, module)
+        _find_home(state, module, callers)
         prefixes[module] = state.modules.path_of(module)
     inputs = [parameters_of(branch) for branch in branches]
     roots = [[owners[node].module for node in nodes if node in owners] for nodes in inputs]
     homes = [modules[0] for modules in roots if modules]
-    model = _model_of(state, list(dict.fromkeys(homes))) if branches else 1
-    met: list[Branch] = []
+    model = _model_of(state, list(dict.fromkeys(homes)), callers) if branches else 1
+    entries: list[Branch] = []
     droppable: list[int] = []
     trainable: set[int] = set()
     modes: set[bool] = set()
@@ -60,9 +66,9 @@ def meet(
         if torch.is_grad_enabled() and wanted and own_modes == {False}:
             idle += [value for node in nodes if node in owners and _is_trained(value := owners[node].value)]
         if modules:
-            _report_namesake(state, full, modules[0])
+            _report_namesake(state, full, modules[0], quiet=quiet)
         entry = state.sampler.add_branch(full, layer, trainable=trains, droppable=drops)
-        met.append(entry)
+        entries.append(entry)
         if drops:
             droppable.append(position)
         if trains:
@@ -73,17 +79,17 @@ def meet(
     parameters = [_owned_parameters(owners, nodes) for nodes in inputs]
     position_of = {node: position for position, node in enumerate(placeholders)}
     presence = Presence(
-        branches=tuple(branch.index for branch in met),
-        droppable=frozenset(met[position].index for position in droppable),
+        branches=tuple(branch.index for branch in entries),
+        droppable=frozenset(entries[position].index for position in droppable),
         trainable=frozenset(trainable),
         trains=training and (bool(droppable) or _requires_gradient(gm)),
         leaves={
             branch.index: leaves_of(owners[node].value for node in own)
-            for branch, own in zip(met, parameters, strict=True)
+            for branch, own in zip(entries, parameters, strict=True)
         },
     )
-    return MetBranches(
-        branches=tuple(met),
+    return EnteredBranches(
+        branches=tuple(entries),
         names=names,
         droppable=tuple(droppable),
         identifying=_identifying(placeholders, owners, home),
@@ -96,30 +102,30 @@ def meet(
     )
 
 
-def _find_home(state: BackendState, module: nn.Module) -> None:
+def _find_home(state: BackendState, module: nn.Module, callers: _torch.Callers) -> None:
     """Register the model that ``module`` is a layer of, if it is compiled by itself and its callers tell."""
     if not state.modules.knows(module):
-        home = home_of(module, _torch.calling_modules())
+        home = home_of(module, callers.called)
         if home is not None:
             state.modules.register(home)
 
 
-def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> list[Branch] | None:
-    """The branches of the module of these parameters, one that a graph serves: met like others.
+def enter_module(state: BackendState, entered: EnteredBranches, parameters: Sequence[Tensor]) -> list[Branch] | None:
+    """The branches of the module of these parameters, one that a graph serves: entered like others.
 
     Returns:
         ``None`` for the module that the graph was compiled for, and for one that cannot be told from it.
     """
-    place = _place(state, met, parameters)
+    place = _place(state, entered, parameters)
     if place is None:
         return None
     prefix, model = place
-    if (prefix, model) == (met.prefix, met.model):
+    if (prefix, model) == (entered.prefix, entered.model):
         return None
     own: list[Branch] = []
-    for branch, name in zip(met.branches, met.names, strict=True):
+    for branch, name in zip(entered.branches, entered.names, strict=True):
         full, layer = _in_table(name, prefix, model)
-        trains, drops = branch.index in met.presence.trainable, branch.index in met.presence.droppable
+        trains, drops = branch.index in entered.presence.trainable, branch.index in entered.presence.droppable
         mine = state.sampler.add_branch(full, layer, trainable=trains, droppable=drops)
         flops = state.sampler.rated.flops.of(branch.index, trainable=trains)
         state.sampler.rated.record_flops(mine.index, flops, trainable=trains)
@@ -129,26 +135,27 @@ def enter(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -
     return own
 
 
-def _place(state: BackendState, met: MetBranches, parameters: Sequence[Tensor]) -> tuple[str, int] | None:
+def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[Tensor]) -> tuple[str, int] | None:
     """Where in its model the module of these parameters is, and the model's number; ``None`` if that cannot be told."""
-    known = state.modules.place_of(parameters, met.identifying.names)
+    callers = _torch.calling_modules()
+    known = state.modules.place_of(parameters, entered.identifying.names)
     if known is not None:
         root, prefix = known
-        return prefix, _model_of(state, [root])
-    module = running_owner(parameters, met.identifying.names)
+        return prefix, _model_of(state, [root], callers)
+    module = owner_among(callers.running, parameters, entered.identifying.names)
     if module is not None:
         module = _torch.original_module(module)
-        model = _model_of(state, [module])
-        if model != met.model:
+        model = _model_of(state, [module], callers)
+        if model != entered.model:
             return state.modules.path_of(module), model
-    state.shortfall.report("sharing", sharing_text([branch.name for branch in met.branches[:3]]))
+    state.shortfall.report("sharing", sharing_text([branch.name for branch in entered.branches[:3]]))
     return None
 
 
-def _model_of(state: BackendState, roots: Sequence[nn.Module]) -> int:
+def _model_of(state: BackendState, roots: Sequence[nn.Module], callers: _torch.Callers) -> int:
     """The number of the model that these modules are, or are parts of."""
     around = [module for root in roots for module in state.modules.roots_around(root)]
-    number, replaces = state.models.number_of(list(dict.fromkeys(around)))
+    number, replaces = state.models.number_of(list(dict.fromkeys(around)), callers.running)
     if replaces:
         state.sampler.forget(number)
     return number
@@ -160,21 +167,15 @@ def _in_table(name: BranchName, prefix: str, model: int) -> tuple[str, str]:
     return in_model(full.name, model), in_model(full.layer, model)
 
 
-def _report_namesake(state: BackendState, name: str, root: nn.Module) -> None:
+def _report_namesake(state: BackendState, name: str, root: nn.Module, *, quiet: bool) -> None:
     """Two modules that run inside of one other may be layers of it or models of their own: that is for the user to say."""
     known = state.holders.get(name)
     state.holders.setdefault(name, root)
-    if known is None or known is root or state.warned_of_namesakes:
+    if known is None or known is root:
         return
     if root in set(known.modules()) or known in set(root.modules()):
         return
-    state.warned_of_namesakes = True
-    warnings.warn(
-        f"Two modules of class {type(known).__name__} and {type(root).__name__} have a branch named {name!r}, and run "
-        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
-        "backend.register(model) before its first forward; if they are models of their own, register each of them.",
-        stacklevel=2,
-    )
+    state.shortfall.report("namesakes", namesakes_text(name, known, root), quiet=quiet)
 
 
 def _identifying(placeholders: Sequence[fx.Node], owners: Owners, home: nn.Module | None) -> IdentifyingParameters:
