@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,10 +63,9 @@ class DropBPBackend:
         if mode is not None and mode != "default":
             inductor.update(_torch.inductor_mode_options(mode))
         inductor.update(checked_inductor_options(options, self._config.inner))
-        self._state.shortfall.called()
-        _warn_of_cut_graphs(gm)
+        self._state.shortfall.called(cut=_torch.is_cut_by_ddp_optimizer(gm))
         compiler = Compiler(self._config.inner, inductor, self._state.counts, self._config.activation_memory_budget)
-        lowering = self._lowering(compiler)
+        lowering = Lowering(self._config, self._state, compiler)
         inside = switches_gradients_on(gm)
         if inside:
             start_without_gradients(gm)
@@ -80,10 +78,6 @@ class DropBPBackend:
                     compiled = lowering.runner(graph)
         compiler.counts.graphs += 1  # only now: Dynamo may restart its analysis from inside the inner compiler
         return torch.enable_grad()(compiled) if inside else compiled
-
-    def _lowering(self, compiler: Compiler) -> Lowering:
-        """What takes a graph from Dynamo to code of ``compiler``; the inspection takes it half of the way."""
-        return Lowering(self._config, self._state, compiler)
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this. Branches, rates and patterns stay as they are."""
@@ -396,17 +390,6 @@ class DropBPBackend:
 
     def _repr_html_(self) -> str:
         return as_html(self._config, self._state)
-
-
-def _warn_of_cut_graphs(gm: fx.GraphModule) -> None:
-    if not _torch.is_cut_by_ddp_optimizer(gm):
-        return
-    warnings.warn(
-        "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "
-        "through are never dropped. Set torch._dynamo.config.optimize_ddp = False: the regions of this backend let "
-        "communication overlap with the backward without cuts.",
-        stacklevel=3,
-    )
 
 
 def _restore(config: BackendConfig, state: Mapping[str, Any]) -> DropBPBackend:

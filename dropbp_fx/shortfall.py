@@ -122,9 +122,11 @@ class Shortfall:
         """The backend was made, so some graph should come before many steps are taken."""
         self._steps.watch()
 
-    def called(self) -> None:
-        """Dynamo has called the backend."""
+    def called(self, *, cut: bool) -> None:
+        """Dynamo has called the backend, with a piece of a graph that its DDPOptimizer has ``cut`` or with a whole one."""
         self._steps.called()
+        if cut:
+            warnings.warn(_CUT_TEXT, stacklevel=3)
 
     def watched(
         self, run: Callable[..., Any], parameters: Sequence[weakref.ref[Tensor]], cause: str
@@ -233,6 +235,14 @@ def _trains(optimizer: torch.optim.Optimizer, parameters: Sequence[weakref.ref[T
     known = {id(p) for reference in parameters if (p := reference()) is not None}
     groups = optimizer.param_groups
     return any(id(p) in known and p.grad is not None for group in groups for p in group["params"])
+
+
+#: Dynamo's DDPOptimizer is on.
+_CUT_TEXT = (
+    "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "
+    "through are never dropped. Set torch._dynamo.config.optimize_ddp = False: the regions of this backend let "
+    "communication overlap with the backward without cuts."
+)
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from dropbp_fx.policy.branches import Branch, BranchTable
@@ -14,6 +15,9 @@ from dropbp_fx.policy.rates import Rates, check_attainable, without_unreached
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName
 from dropbp_fx.policy.units import Granularity, Unit, Units
 from dropbp_fx.sensitivity.sensitivity import Sensitivity
+
+#: A run whose schedule has not moved by this many forwards was probably never told of its progress.
+_PROGRESS_EXPECTED_BY = 100
 
 
 class RatedBranches:
@@ -79,6 +83,16 @@ class RatedBranches:
             known, measured = without_unreached(tuple(self.table), by_name, sensitivity)
             self._go_by(dataclasses.replace(self.rates, sensitivities=known))
             self.sensitivity = measured
+
+    def expect_progress(self, rounds: int) -> None:
+        """Warn once, where a schedule is never told of the run's progress."""
+        schedule = self.rates.schedule
+        if schedule != "constant" and not self.progress_told and rounds == _PROGRESS_EXPECTED_BY:
+            warnings.warn(
+                f"The schedule {schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
+                "backend.progress = step / total_steps in the training loop.",
+                stacklevel=2,
+            )
 
     # ---- what graphs show ------------------------------------------------------------------------------------------
 

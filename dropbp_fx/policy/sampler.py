@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import random
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,9 +24,6 @@ from dropbp_fx.policy.saved_state import SavedState
 from dropbp_fx.policy.units import Granularity
 from dropbp_fx.sensitivity.running import SavedAverage
 from dropbp_fx.values import in_words, shown
-
-#: A run whose schedule has not moved by this many forwards was probably never told of its progress.
-_PROGRESS_EXPECTED_BY = 100
 
 
 class PatternSampler:
@@ -216,7 +212,7 @@ class PatternSampler:
         if current is None or current.epoch != self._epoch:
             self._check_state_is_complete(model)
             self.rounds += 1
-            self._expect_progress()
+            self.rated.expect_progress(self.rounds)
             current = forward.round = Round(self.rounds, self._epoch, self.rated.present.version)
             if self._agreed and self.ranks.needed:
                 self.ranks.compare(self.rounds, self._facts)
@@ -270,16 +266,6 @@ class PatternSampler:
             "sensitivities": [list(item) for item in self.rated.rates.sensitivities.items()],
             "branches": [[b.name, b.layer, b.trainable] for b in self.branches if b.droppable],
         }
-
-    def _expect_progress(self) -> None:
-        """Warn once, where a schedule is never told of the run's progress."""
-        schedule = self.rated.rates.schedule
-        if schedule != "constant" and not self.rated.progress_told and self.rounds == _PROGRESS_EXPECTED_BY:
-            warnings.warn(
-                f"The schedule {schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
-                "backend.progress = step / total_steps in the training loop.",
-                stacklevel=2,
-            )
 
     def _extend(self, current: Round, model: int) -> None:
         """Sample for every known branch of the model that this round has no answer for yet."""
