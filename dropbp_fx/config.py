@@ -10,7 +10,7 @@ from typing import Any
 from dropbp_fx import _torch
 from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName, resolve_policy
 from dropbp_fx.runtime.compiler import InnerCompiler
-from dropbp_fx.values import SEED_BITS, as_float, as_int, in_words, shown
+from dropbp_fx.values import SEED_BITS, as_int, checked_number, in_words, shown
 
 _INNER_NAMES = ("inductor", "aot_eager")
 
@@ -99,20 +99,17 @@ def checked_budget(budget: Any) -> float | None:
     """``activation_memory_budget`` as a float in [0, 1], or ``None``.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
+        TypeError, ValueError: it is neither.
     """
     if budget is None:
         return None
-    number = as_float(budget)
-    if number is None:
-        raise TypeError(f"activation_memory_budget must be a number in [0, 1] or None, not {shown(budget)}.")
-    if not 0 <= number <= 1:
-        raise ValueError(
-            f"activation_memory_budget must be in [0, 1], not {shown(budget)}: it is the share of their activations that "
-            "kept branches may save for the backward; 1 saves all that torch.compile would, 0 recomputes whatever it can."
-        )
-    return number
+    meaning = (
+        "it is the share of their activations that kept branches may save for the backward; 1 saves all that "
+        "torch.compile would, 0 recomputes whatever it can"
+    )
+    return checked_number(
+        "activation_memory_budget", budget, low=0, high=1, includes="both", meaning=meaning, or_none=True
+    )
 
 
 def checked_inductor_options(options: Mapping[str, Any] | None, inner: InnerCompiler) -> tuple[tuple[str, Any], ...]:

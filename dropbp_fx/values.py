@@ -8,13 +8,51 @@ import numbers
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+#: What dropping a branch leaves out: all its gradients, those of its parameters only, or also all that runs before it.
+Drop = Literal["branch", "weights", "below"]
 _LONGEST_SHOWN = 120
 #: Counts are kept below what every format of a checkpoint holds exactly.
 LARGEST_COUNT = 2**63 - 1
 #: Seeds of more bits Python would at some point not print.
 SEED_BITS = 1000
+
+
+def checked_number(
+    what: str,
+    value: Any,
+    *,
+    low: float,
+    high: float,
+    includes: Literal["low", "both", "neither"],
+    meaning: str,
+    or_none: bool = False,
+) -> float:
+    """A number of the user's as a float between ``low`` and ``high``.
+
+    Args:
+        what: what the user calls it.
+        value: the number.
+        low: one end.
+        high: the other.
+        includes: which ends are valid.
+        meaning: what the number is, for the sentence that refuses it.
+        or_none: ``None`` would have done as well.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    interval = f"{'(' if includes == 'neither' else '['}{low:g}, {high:g}{']' if includes == 'both' else ')'}"
+    number = as_float(value)
+    if number is None:
+        raise TypeError(f"{what} must be a number in {interval}{' or None' if or_none else ''}, not {shown(value)}.")
+    above = number > low if includes == "neither" else number >= low
+    below = number <= high if includes == "both" else number < high
+    if not (above and below):
+        raise ValueError(f"{what} must be in {interval}, not {shown(value)}: {meaning}.")
+    return number
 
 
 def as_float(value: Any) -> float | None:

@@ -109,3 +109,38 @@ def test_a_room_that_looks_at_backends_reads_public_names_only(room: str) -> Non
 def test_private_reads_are_found() -> None:
     tree = ast.parse("self._own\ncls._own\nbackend._state.graphs\nself.backend._config\n_torch.hooks\nf().__doc__")
     assert sorted(private_reads(tree)) == ["_config", "_state"]
+
+
+#: What each room may import, besides itself; what is in no room may import all of them.
+MAY_IMPORT = {
+    "_torch": set(),
+    "graph": {"_torch", "values"},
+    "runtime": {"_torch", "graph", "values"},
+    "sensitivity": {"_torch", "graph", "runtime", "policy", "values"},
+    "_distributed": {"_torch", "optimizer_steps", "sensitivity", "values"},
+    "policy": {"_distributed", "sensitivity", "values"},
+}
+#: Of the room of sensitivities, what the policy and the agreement of ranks know: numbers by branch, and no graph.
+NUMBERS = {"dropbp_fx.sensitivity.sensitivity", "dropbp_fx.sensitivity.running"}
+
+
+def room_of(module: str) -> str:
+    """The part of a module's name behind the package's."""
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_what_is_below_them(room: str) -> None:
+    known = import_graph()
+    for module in (name for name in known if room_of(name) == room):
+        for imported in known[module] - {"dropbp_fx"}:
+            other = room_of(imported)
+            assert other == room or other in MAY_IMPORT[room], f"{module} imports {imported}"
+            if other == "sensitivity" and room in ("policy", "_distributed"):
+                assert imported in NUMBERS, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_modules_have_one_concern(path: Path) -> None:
+    """More than 400 lines are more than one."""
+    assert len(path.read_text().splitlines()) <= 400

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,10 +12,10 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.gate import GATE, SCALE_GRADIENT
 from dropbp_fx.graph.values import example_value, mutated_by, storage_of
+from dropbp_fx.values import Drop
 
 #: What dropping a branch drops: all its gradients; only those of its parameters; or all its gradients and, below the lowest
 #: branch that is kept, those of the residual stream as well.
-Drop = Literal["branch", "weights", "below"]
 #: Key in a placeholder's ``meta``: the number of the branch whose gradients this graph input scales.
 SCALE_OF = "dropbp_scale_of"
 

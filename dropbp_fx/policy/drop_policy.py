@@ -20,11 +20,10 @@ from dropbp_fx.policy.patterns import DrawFunction, Pattern, PatternName, known_
 from dropbp_fx.policy.rates import Allocation, check_attainable
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_schedule
 from dropbp_fx.policy.units import Granularity
-from dropbp_fx.values import LARGEST_COUNT, as_float, as_int, shown
+from dropbp_fx.values import LARGEST_COUNT, Drop, as_int, checked_number, shown
 
 PolicyName = Literal["dropbp", "freezing", "progressive_freezing"]
 #: The graphs have the same choices of their own (:mod:`dropbp_fx.graph.regions`): this room must not know theirs.
-Drop = Literal["branch", "weights", "below"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,32 +231,17 @@ def checked_max_rate(rate: Any) -> float:
     """``max_rate`` as a float in (0, 1).
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
+        TypeError, ValueError: it is none.
     """
-    number = as_float(rate)
-    if number is None:
-        raise TypeError(f"max_rate must be a number in (0, 1), not {shown(rate)}.")
-    if not 0 < number < 1:
-        raise ValueError(
-            f"max_rate must be in (0, 1), not {shown(rate)}: it is the highest rate that any branch is given."
-        )
-    return number
+    meaning = "it is the highest rate that any branch is given"
+    return checked_number("max_rate", rate, low=0, high=1, includes="neither", meaning=meaning)
 
 
 def checked_rate(rate: Any) -> float:
     """``rate`` as a float in [0, 1).
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
+        TypeError, ValueError: it is none.
     """
-    number = as_float(rate)
-    if number is None:
-        raise TypeError(f"rate must be a number in [0, 1), not {shown(rate)}.")
-    if not 0 <= number < 1:
-        raise ValueError(
-            f"rate must be in [0, 1), not {shown(rate)}: it is the share of residual branches whose backward is dropped, "
-            "and at rate 1 nothing would be trained."
-        )
-    return number
+    meaning = "it is the share of residual branches whose backward is dropped, and at rate 1 nothing would be trained"
+    return checked_number("rate", rate, low=0, high=1, includes="low", meaning=meaning)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from dropbp_fx.values import as_float, shown, takes
+from dropbp_fx.values import as_float, checked_number, shown, takes
 
 #: From progress in [0, 1] to the drop rate of the whole model, in [0, 1).
 RateSchedule = Callable[[float], float]
@@ -166,18 +166,10 @@ def checked_progress(progress: Any) -> float:
     """``progress`` as a float in [0, 1].
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of range.
+        TypeError, ValueError: it is none.
     """
-    number = as_float(progress)
-    if number is None:
-        raise TypeError(f"progress must be a number in [0, 1], not {shown(progress)}.")
-    if not 0 <= number <= 1:
-        raise ValueError(
-            f"progress must be in [0, 1], not {shown(progress)}: it is the share of the run that is done, such as step / "
-            "total."
-        )
-    return number
+    meaning = "it is the share of the run that is done, such as step / total"
+    return checked_number("progress", progress, low=0, high=1, includes="both", meaning=meaning)
 
 
 def _finite(what: str, value: Any) -> float:
