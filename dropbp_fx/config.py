@@ -74,7 +74,7 @@ class BackendConfig:
         apart = {"rate", "schedule"}  # they may change in a run, and are compared as they are then
         fields = [field.name for field in dataclasses.fields(self.policy) if field.name not in apart]
         return {name: in_words(getattr(self.policy, name)) for name in fields} | {
-            "pattern": in_words(self.policy.draws)
+            "pattern": in_words(self.policy.resolved_pattern)
         }
 
 

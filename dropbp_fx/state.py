@@ -63,7 +63,7 @@ class BackendState:
             ),
             policy.granularity,
             config.seed,
-            pattern=policy.draws,
+            pattern=policy.resolved_pattern,
             configuration=config.described(),
         )
         listeners: list[Listener] = []

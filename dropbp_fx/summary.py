@@ -94,7 +94,7 @@ def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
 
 def _policy(policy: DropPolicy) -> str:
     """Its name, and what of it is not as by default."""
-    pattern = pattern_name(policy.draws)
+    pattern = pattern_name(policy.resolved_pattern)
     schedule = policy.schedule if isinstance(policy.schedule, str) else type(policy.schedule).__name__
     own = [f"pattern {pattern}", f"schedule {schedule}"]
     for field in dataclasses.fields(policy):

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.balanced import Unit, effective_rates, sample_dropped
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
     LowestPattern,
@@ -30,7 +30,7 @@ from dropbp_fx.policy.patterns import (
     RandomPattern,
     SuffixPattern,
     WindowPattern,
-    checked_draw,
+    checked_sample,
     frequencies,
     resolve_pattern,
 )
@@ -96,9 +96,9 @@ contiguous_patterns = pytest.mark.parametrize(
 )
 
 
-def draws(pattern: Pattern, units: Sequence[Unit], count: int, *, seed: int = 0) -> list[frozenset[int]]:
+def samples(pattern: Pattern, units: Sequence[Unit], count: int, *, seed: int = 0) -> list[frozenset[int]]:
     rng = random.Random(seed)
-    return [frozenset(pattern.draw(units, rng)) for _ in range(count)]
+    return [frozenset(pattern.sample(units, rng)) for _ in range(count)]
 
 
 def layers_of(units: Sequence[Unit]) -> list[list[int]]:
@@ -132,7 +132,7 @@ def expected(pattern: Pattern, units: Sequence[Unit]) -> float:
 @every_model
 def test_the_stated_frequencies_are_those_of_the_draws(pattern: Pattern, units: list[Unit]) -> None:
     count = 6_000
-    hits = Counter(itertools.chain.from_iterable(draws(pattern, units, count)))
+    hits = Counter(itertools.chain.from_iterable(samples(pattern, units, count)))
     for index, chance in enumerate(frequencies(pattern, units)):
         if chance < 1e-9 or chance > 1 - 1e-9:
             assert hits[index] == count * round(chance)
@@ -145,20 +145,20 @@ def test_the_stated_frequencies_are_those_of_the_draws(pattern: Pattern, units: 
 @every_model
 def test_a_trainable_unit_always_stays(pattern: Pattern, units: list[Unit]) -> None:
     trainable = {index for index, unit in enumerate(units) if unit.trainable}
-    assert all(not trainable or trainable - dropped for dropped in draws(pattern, units, 1_000))
+    assert all(not trainable or trainable - dropped for dropped in samples(pattern, units, 1_000))
 
 
 @every_pattern
 def test_a_pattern_is_a_function_of_units_and_random_state(pattern: Pattern) -> None:
     units = MODELS["wild"]
-    assert draws(pattern, units, 20) == draws(copy.deepcopy(pattern), list(units), 20)
-    assert draws(pattern, units, 20) != draws(pattern, units, 20, seed=1)
-    assert len(set(draws(pattern, units, 200))) > (1 if pattern == LowestPattern() else 5)
+    assert samples(pattern, units, 20) == samples(copy.deepcopy(pattern), list(units), 20)
+    assert samples(pattern, units, 20) != samples(pattern, units, 20, seed=1)
+    assert len(set(samples(pattern, units, 200))) > (1 if pattern == LowestPattern() else 5)
 
 
 @every_pattern
 def test_nothing_to_draw_from(pattern: Pattern) -> None:
-    assert pattern.draw([], random.Random(0)) == frozenset()
+    assert pattern.sample([], random.Random(0)) == frozenset()
     assert frequencies(pattern, []) == []
 
 
@@ -169,7 +169,7 @@ def test_patterns_are_values(pattern: Pattern) -> None:
     assert twin == pattern
     assert hash(twin) == hash(pattern)
     assert repr(twin) == repr(pattern)
-    assert draws(twin, MODELS["wild"], 5) == draws(pattern, MODELS["wild"], 5)
+    assert samples(twin, MODELS["wild"], 5) == samples(pattern, MODELS["wild"], 5)
     assert [other for other in PATTERNS.values() if other == pattern] == [pattern]
 
 
@@ -179,12 +179,12 @@ def test_patterns_are_values(pattern: Pattern) -> None:
 def test_the_random_pattern_is_the_balanced_draw() -> None:
     units = MODELS["wild"]
     first, second = random.Random(3), random.Random(3)
-    assert [RandomPattern().draw(units, first) for _ in range(9)] == [draw_dropped(units, second) for _ in range(9)]
+    assert [RandomPattern().sample(units, first) for _ in range(9)] == [sample_dropped(units, second) for _ in range(9)]
     assert RandomPattern().frequencies(MODELS["one layer"]) == effective_rates(MODELS["one layer"])
 
 
 def test_independent_coins_fall_independently() -> None:
-    patterns = draws(IndependentPattern(), model(3, 0.4), 20_000)
+    patterns = samples(IndependentPattern(), model(3, 0.4), 20_000)
     sizes = Counter(len(pattern) for pattern in patterns)
     law = [stats.binom(6, 0.4).pmf(k) * 20_000 for k in range(7)]
     law[5] += law.pop()  # where all six fell one is kept
@@ -212,7 +212,7 @@ def is_run(flags: Sequence[bool], *, circle: bool) -> bool:
 @contiguous_patterns
 @every_model
 def test_layers_are_dropped_as_a_whole_and_in_one_run(pattern: Pattern, units: list[Unit]) -> None:
-    for dropped in draws(pattern, units, 500):
+    for dropped in samples(pattern, units, 500):
         flags = [group[0] in dropped for group in layers_of(units)]
         assert dropped == {i for group, flag in zip(layers_of(units), flags, strict=True) if flag for i in group}
         assert is_run(flags, circle=pattern == WindowPattern())
@@ -245,7 +245,7 @@ def test_every_window_drops_its_budget_give_or_take_less_than_a_layer(wrap: bool
     price = costs(units)
     longest = max(math.fsum(price[i] for i in group) for group in layers_of(units))
     budget = expected(WindowPattern(wrap), units)
-    for dropped in draws(WindowPattern(wrap), units, 1_000):
+    for dropped in samples(WindowPattern(wrap), units, 1_000):
         assert abs(math.fsum(price[i] for i in dropped) - budget) < longest + 1e-9
 
 
@@ -255,7 +255,7 @@ def test_depths_spread_around_the_budget_as_far_as_they_can(units: list[Unit]) -
     price = costs(units)
     total, budget = math.fsum(price), expected(SuffixPattern(), units)
     longest = max(math.fsum(price[i] for i in group) for group in layers_of(units))
-    depths = [math.fsum(price[i] for i in dropped) for dropped in draws(SuffixPattern(), units, 1_000)]
+    depths = [math.fsum(price[i] for i in dropped) for dropped in samples(SuffixPattern(), units, 1_000)]
     assert max(depths) <= 2 * budget + longest + 1e-9
     assert min(depths) >= 2 * budget - total - longest - 1e-9
     if 3 * longest < budget < total - 3 * longest:
@@ -267,7 +267,7 @@ def test_depths_spread_around_the_budget_as_far_as_they_can(units: list[Unit]) -
 def test_the_lowest_layers_are_the_same_ones_in_every_draw_but_for_one(rate: float) -> None:
     units = model(12, rate)
     whole = math.floor(12 * rate + 1e-9)
-    seen = set(draws(LowestPattern(), units, 300))
+    seen = set(samples(LowestPattern(), units, 300))
     assert seen <= {frozenset(range(2 * whole)), frozenset(range(2 * whole + 2))}
     assert len(seen) == (1 if math.isclose(12 * rate, whole) else 2)
     expected_chances = [1.0] * whole + [12 * rate - whole] + [0.0] * (11 - whole)
@@ -275,7 +275,7 @@ def test_the_lowest_layers_are_the_same_ones_in_every_draw_but_for_one(rate: flo
 
 
 def test_suffixes_are_nested_and_reach_every_depth() -> None:
-    patterns = sorted(set(draws(SuffixPattern(), MODELS["even"], 2_000)), key=len)
+    patterns = sorted(set(samples(SuffixPattern(), MODELS["even"], 2_000)), key=len)
     assert [len(pattern) for pattern in patterns] == list(range(0, 24, 2))
     assert all(a < b for a, b in itertools.pairwise(patterns))
 
@@ -314,7 +314,7 @@ def test_a_layer_longer_than_what_a_window_leaves_makes_frequencies_unequal_but_
 
 def test_with_more_asked_for_than_a_window_may_hold_all_but_one_layer_go() -> None:
     assert WindowPattern().frequencies(MODELS["too high"]) == pytest.approx([11 / 12] * 24)
-    assert {len(dropped) for dropped in draws(WindowPattern(), MODELS["too high"], 500)} == {22}
+    assert {len(dropped) for dropped in samples(WindowPattern(), MODELS["too high"], 500)} == {22}
 
 
 def test_where_only_layers_of_rate_zero_may_be_dropped_a_window_falls_on_them() -> None:
@@ -396,7 +396,7 @@ def test_any_layers_are_dropped_in_a_run_within_budget(pattern: Pattern, units: 
     if not trainable:
         assert budget == pytest.approx(asked(units), abs=1e-9 * total)
     rng = random.Random(seed)
-    for dropped in (pattern.draw(units, rng) for _ in range(20)):
+    for dropped in (pattern.sample(units, rng) for _ in range(20)):
         flags = [group[0] in dropped for group in groups]
         assert dropped == {i for group, flag in zip(groups, flags, strict=True) if flag for i in group}
         assert is_run(flags, circle=pattern == WindowPattern())
@@ -441,8 +441,8 @@ def documented_example() -> type[Any]:
 def test_the_documented_pattern_works_as_it_stands_there() -> None:
     pattern = resolve_pattern(documented_example()(3))
     units, rng = MODELS["even"], random.Random(0)
-    drawn = {checked_draw(pattern, units, rng, keep_one=True) for _ in range(100)}
-    assert drawn == {frozenset(i for i in range(24) if i // 2 % 3 == phase) for phase in range(3)}
+    sampled = {checked_sample(pattern, units, rng, keep_one=True) for _ in range(100)}
+    assert sampled == {frozenset(i for i in range(24) if i // 2 % 3 == phase) for phase in range(3)}
     assert frequencies(pattern, units) == [0.5] * 24, "a pattern that does not tell is taken to honour the rates"
 
 
@@ -457,7 +457,7 @@ def test_names_objects_and_functions_are_patterns() -> None:
         assert resolve_pattern(pattern) is pattern
         assert isinstance(pattern, Pattern)
     plain = resolve_pattern(lowest)
-    assert plain.draw(MODELS["even"], random.Random(0)) == [0]
+    assert plain.sample(MODELS["even"], random.Random(0)) == [0]
     assert pickle.loads(pickle.dumps(plain)) == plain == resolve_pattern(lowest)
 
 
@@ -489,30 +489,30 @@ def returning(value: object) -> Pattern:
         (["mlp"], TypeError, r"returned 'mlp' among the units to drop"),
         ([True, False], TypeError, r"returned True among the units to drop.*To turn a mask into indices"),
         ([0, 4], IndexError, r"returned the index 4, but there are 4 units, numbered from 0 to 3"),
-        ([-1], IndexError, r"returned the index -1, but there are 4 units.*that draw\(\) was given"),
+        ([-1], IndexError, r"returned the index -1, but there are 4 units.*that sample\(\) was given"),
     ],
 )
 def test_what_a_pattern_returns_is_checked(value: object, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
-        checked_draw(returning(value), model(2, 0.5), random.Random(0), keep_one=True)
+        checked_sample(returning(value), model(2, 0.5), random.Random(0), keep_one=True)
 
 
 def test_an_index_into_no_units_is_refused() -> None:
     with pytest.raises(IndexError, match=r"the index 0, but there are 0 units, numbered from 0\. Return"):
-        checked_draw(returning([0]), [], random.Random(0), keep_one=True)
+        checked_sample(returning([0]), [], random.Random(0), keep_one=True)
 
 
 @pytest.mark.parametrize("value", [[0, 2, 2], {0, 2}, (0, 2), np.array([2, 0]), range(0, 3, 2)])
 def test_any_collection_of_integers_will_do(value: object) -> None:
-    assert checked_draw(returning(value), model(2, 0.5), random.Random(0), keep_one=True) == {0, 2}
+    assert checked_sample(returning(value), model(2, 0.5), random.Random(0), keep_one=True) == {0, 2}
 
 
 def test_one_trainable_unit_is_kept_whatever_a_pattern_drops_if_that_is_asked_for() -> None:
     units = [Unit(0.5, index != 1) for index in range(4)]
     everything, rng = returning(range(4)), random.Random(0)
-    assert checked_draw(everything, units, rng, keep_one=False) == {0, 1, 2, 3}
-    kept = Counter(frozenset(range(4)) - checked_draw(everything, units, rng, keep_one=True) for _ in range(3_000))
+    assert checked_sample(everything, units, rng, keep_one=False) == {0, 1, 2, 3}
+    kept = Counter(frozenset(range(4)) - checked_sample(everything, units, rng, keep_one=True) for _ in range(3_000))
     assert set(kept) == {frozenset({0}), frozenset({2}), frozenset({3})}
     assert stats.chisquare(list(kept.values())).pvalue > P_VALUE
     frozen = [Unit(0.5, False)] * 4
-    assert checked_draw(everything, frozen, rng, keep_one=True) == {0, 1, 2, 3}
+    assert checked_sample(everything, frozen, rng, keep_one=True) == {0, 1, 2, 3}

@@ -427,7 +427,7 @@ def test_the_default_policy_is_the_papers() -> None:
     assert dropbp_backend()._config == dropbp_backend(policy="dropbp")._config
     policy = dropbp_backend().policy
     assert policy == DropPolicy() == DropPolicy.named("dropbp")
-    assert (policy.rate, policy.draws, policy.schedule, policy.allocation) == (
+    assert (policy.rate, policy.resolved_pattern, policy.schedule, policy.allocation) == (
         0.5,
         RandomPattern(),
         "constant",
@@ -437,10 +437,10 @@ def test_the_default_policy_is_the_papers() -> None:
 
 def test_a_policy_stands_in_for_what_is_not_given() -> None:
     policy = dropbp_backend(policy="progressive_freezing").policy
-    assert (policy.rate, policy.draws, policy.schedule) == (0.25, LowestPattern(), "late_ramp")
+    assert (policy.rate, policy.resolved_pattern, policy.schedule) == (0.25, LowestPattern(), "late_ramp")
     mine = dataclasses.replace(policy, pattern="window", schedule=LateRamp(0.5, 0.8))
     policy = dropbp_backend(0.4, policy=mine).policy
-    assert (policy.rate, policy.draws, policy.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
+    assert (policy.rate, policy.resolved_pattern, policy.schedule) == (0.4, WindowPattern(), LateRamp(0.5, 0.8))
     assert dropbp_backend(policy=mine).rate == 0.25
     assert dropbp_backend(0.0, policy="progressive_freezing").rate == 0.0  # zero is a rate that was given
 

@@ -340,7 +340,7 @@ def units(count: int, rate: float) -> list[Unit]:
 )
 def test_patterns_on_trial_drop_the_rate_on_average(pattern: Any) -> None:
     rng, many = random.Random(0), units(12, 0.4)
-    drawn = [frozenset(pattern.draw(many, rng)) for _ in range(3000)]
+    drawn = [frozenset(pattern.sample(many, rng)) for _ in range(3000)]
     assert sum(map(len, drawn)) / (12 * len(drawn)) == pytest.approx(0.4, abs=0.02)
     if isinstance(pattern, Held):
         assert all(drawn[i] == drawn[i - i % 3] for i in range(len(drawn)))
@@ -424,7 +424,7 @@ def test_statistics_of_patterns_that_are_known(workshop: Workshop) -> None:
             learning_rate=1e-3,
             points=(0.0,),
             batches=2,
-            draws=2,
+            samples=2,
         )
     )
     assert "does not" in found[-1]["error"]

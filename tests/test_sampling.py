@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.balanced import Unit, effective_rates, sample_dropped
 from dropbp_fx.policy.sampler import PatternSampler
 
 P_VALUE = 1e-6
@@ -33,9 +33,9 @@ def units_of(rates: Iterable[float], *, frozen: Iterable[int] = ()) -> list[Unit
     return [Unit(rate, index not in set(frozen)) for index, rate in enumerate(rates)]
 
 
-def draws(units: Sequence[Unit], count: int, *, seed: int = 0) -> list[Pattern]:
+def samples(units: Sequence[Unit], count: int, *, seed: int = 0) -> list[Pattern]:
     rng = random.Random(seed)
-    return [draw_dropped(units, rng) for _ in range(count)]
+    return [sample_dropped(units, rng) for _ in range(count)]
 
 
 def assert_frequency(hits: int, trials: int, rate: float) -> None:
@@ -52,7 +52,7 @@ def assert_each_rate(patterns: Sequence[Pattern], rates: Sequence[float]) -> Non
         assert_frequency(hits[index], len(patterns), rate)
 
 
-# ---- one draw --------------------------------------------------------------------------------------------------------
+# ---- one sample ------------------------------------------------------------------------------------------------------
 
 EQUAL = units_of([0.3] * 7)
 UNEQUAL = units_of([0.0, 0.05, 0.9, 0.5, 0.5, 0.33, 0.71, 0.99])
@@ -72,31 +72,31 @@ CASES = {
 
 @pytest.mark.parametrize("units", CASES.values(), ids=CASES.keys())
 def test_every_units_long_run_frequency_is_its_effective_rate(units: list[Unit]) -> None:
-    assert_each_rate(draws(units, 20_000), effective_rates(units))
+    assert_each_rate(samples(units, 20_000), effective_rates(units))
 
 
 def test_the_frequency_test_would_notice_a_rate_that_is_a_tenth_off() -> None:
     skewed = units_of([0.33] + [0.3] * 6)
     with pytest.raises(AssertionError, match=r"at a rate of 0\.3000"):
-        assert_each_rate(draws(skewed, 20_000), [0.3] * 7)
+        assert_each_rate(samples(skewed, 20_000), [0.3] * 7)
 
 
 @pytest.mark.parametrize("units", CASES.values(), ids=CASES.keys())
 def test_the_number_dropped_is_the_sum_of_the_rates_rounded_up_or_down_in_every_draw(units: list[Unit]) -> None:
     rates = effective_rates(units)
     trainable = [index for index, unit in enumerate(units) if unit.trainable]
-    for pattern in draws(units, 2_000):
+    for pattern in samples(units, 2_000):
         for members in (range(len(units)), trainable):
             total = math.fsum(rates[index] for index in members)
             assert math.floor(total + 1e-9) <= len(pattern.intersection(members)) <= math.ceil(total - 1e-9)
 
 
 def test_a_whole_sum_of_rates_drops_the_same_number_every_time() -> None:
-    assert {len(pattern) for pattern in draws(units_of([0.5] * 24), 2_000)} == {12}
+    assert {len(pattern) for pattern in samples(units_of([0.5] * 24), 2_000)} == {12}
 
 
 def test_a_fractional_sum_of_rates_is_met_on_average() -> None:
-    sizes = [len(pattern) for pattern in draws(units_of([0.45] * 5), 20_000)]
+    sizes = [len(pattern) for pattern in samples(units_of([0.45] * 5), 20_000)]
     assert set(sizes) == {2, 3}
     assert_frequency(sizes.count(3), len(sizes), 0.25)
 
@@ -104,12 +104,12 @@ def test_a_fractional_sum_of_rates_is_met_on_average() -> None:
 @pytest.mark.parametrize("units", [CROWDED, CROWDED_MIXED, units_of([0.99]), units_of([0.999] * 2)])
 def test_one_trainable_unit_is_always_kept(units: list[Unit]) -> None:
     trainable = {index for index, unit in enumerate(units) if unit.trainable}
-    assert all(trainable - pattern for pattern in draws(units, 5_000))
+    assert all(trainable - pattern for pattern in samples(units, 5_000))
 
 
 def test_without_keep_one_everything_may_go() -> None:
     rng = random.Random(0)
-    patterns = [draw_dropped(CROWDED, rng, keep_one=False) for _ in range(5_000)]
+    patterns = [sample_dropped(CROWDED, rng, keep_one=False) for _ in range(5_000)]
     assert frozenset(range(4)) in patterns
     assert_each_rate(patterns, [unit.rate for unit in CROWDED])
 
@@ -130,7 +130,7 @@ def test_effective_rates_scale_the_trainable_units_by_one_factor_and_no_others()
 
 def test_the_order_of_units_carries_no_structure() -> None:
     """24 attention (even) and MLP (odd) units at 0.5: the attention units among the 12 dropped are hypergeometric."""
-    attention = Counter(sum(index % 2 == 0 for index in p) for p in draws(units_of([0.5] * 24), 20_000))
+    attention = Counter(sum(index % 2 == 0 for index in p) for p in samples(units_of([0.5] * 24), 20_000))
     law = stats.hypergeom(24, 12, 12)
     observed, expected = [], []
     for low, high in ((0, 3), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (9, 12)):
@@ -141,7 +141,7 @@ def test_the_order_of_units_carries_no_structure() -> None:
 
 
 def test_neighbours_are_dropped_together_as_often_as_distant_units() -> None:
-    patterns = draws(units_of([0.5] * 12), 20_000)
+    patterns = samples(units_of([0.5] * 12), 20_000)
     together = Counter(pair for pattern in patterns for pair in itertools.combinations(sorted(pattern), 2))
     chance = 6 * 5 / (12 * 11)
     for distance in (1, 2, 6, 11):
@@ -150,13 +150,13 @@ def test_neighbours_are_dropped_together_as_often_as_distant_units() -> None:
 
 
 def test_every_pattern_of_the_right_size_is_equally_likely() -> None:
-    patterns = Counter(draws(units_of([0.5] * 6), 20_000))
+    patterns = Counter(samples(units_of([0.5] * 6), 20_000))
     assert len(patterns) == math.comb(6, 3)
     assert stats.chisquare(list(patterns.values())).pvalue > P_VALUE
 
 
 def test_draws_follow_one_another_independently() -> None:
-    patterns = draws(units_of([0.5] * 4), 20_001)
+    patterns = samples(units_of([0.5] * 4), 20_001)
     table = np.zeros((2, 2), dtype=int)
     for before, after in itertools.pairwise(patterns):
         table[0 in before, 0 in after] += 1
@@ -165,10 +165,10 @@ def test_draws_follow_one_another_independently() -> None:
 
 def test_equal_random_states_draw_equal_patterns() -> None:
     first, second = random.Random(5), random.Random(5)
-    assert [draw_dropped(UNEQUAL, first) for _ in range(20)] == [draw_dropped(UNEQUAL, second) for _ in range(20)]
+    assert [sample_dropped(UNEQUAL, first) for _ in range(20)] == [sample_dropped(UNEQUAL, second) for _ in range(20)]
     second.setstate(first.getstate())
-    assert draw_dropped(UNEQUAL, first) == draw_dropped(UNEQUAL, second)
-    assert draws(UNEQUAL, 20, seed=5) != draws(UNEQUAL, 20, seed=6)
+    assert sample_dropped(UNEQUAL, first) == sample_dropped(UNEQUAL, second)
+    assert samples(UNEQUAL, 20, seed=5) != samples(UNEQUAL, 20, seed=6)
 
 
 unit_lists = st.lists(
@@ -182,7 +182,7 @@ def test_any_draw_drops_a_fitting_number_never_a_rate_of_zero_and_keeps_a_traina
     units: list[Unit], seed: int
 ) -> None:
     rates = effective_rates(units)
-    dropped = draw_dropped(units, random.Random(seed))
+    dropped = sample_dropped(units, random.Random(seed))
     assert dropped <= set(range(len(units)))
     assert all(rates[index] > 0 for index in dropped)
     total = math.fsum(rates)
@@ -232,12 +232,12 @@ def flops_bound(units: Sequence[Unit]) -> float:
 
 @pytest.mark.parametrize("units", BALANCED.values(), ids=BALANCED.keys())
 def test_unequal_flops_leave_every_frequency_as_it_is(units: list[Unit]) -> None:
-    assert_each_rate(draws(units, 20_000), effective_rates(units))
+    assert_each_rate(samples(units, 20_000), effective_rates(units))
 
 
 @pytest.mark.parametrize("units", BALANCED.values(), ids=BALANCED.keys())
 def test_every_draw_drops_nearly_the_flops_that_the_rates_ask_for(units: list[Unit]) -> None:
-    errors = [flops_error(units, pattern) for pattern in draws(units, 5_000)]
+    errors = [flops_error(units, pattern) for pattern in samples(units, 5_000)]
     assert max(map(abs, errors)) < flops_bound(units)
     independent = math.fsum(unit.flops**2 * unit.rate * (1 - unit.rate) for unit in units)
     assert math.fsum(error**2 for error in errors) / len(errors) < independent / 2
@@ -246,9 +246,9 @@ def test_every_draw_drops_nearly_the_flops_that_the_rates_ask_for(units: list[Un
 def test_the_flops_of_many_units_vary_far_less_than_with_independent_or_merely_counted_draws() -> None:
     rng = random.Random(0)
     units = costing([rng.uniform(1, 3) for _ in range(64)], [0.5] * 64)
-    balanced = [flops_error(units, pattern) for pattern in draws(units, 2_000)]
+    balanced = [flops_error(units, pattern) for pattern in samples(units, 2_000)]
     indifferent = [Unit(unit.rate, True) for unit in units]
-    counted = [flops_error(units, pattern) for pattern in draws(indifferent, 2_000)]
+    counted = [flops_error(units, pattern) for pattern in samples(indifferent, 2_000)]
     independent = math.fsum(unit.flops**2 * 0.25 for unit in units)
     assert np.var(balanced) < 0.1 * np.var(counted)
     assert np.var(balanced) < 0.005 * independent
@@ -256,7 +256,7 @@ def test_the_flops_of_many_units_vary_far_less_than_with_independent_or_merely_c
 
 def test_among_alternating_kinds_balance_alone_decides_how_many_of_each_are_dropped() -> None:
     """12 of 24 at 0.5 with the FLOPs balanced are 6 of each kind: any 6, each equally likely, in whatever order."""
-    patterns = draws(ALTERNATING, 20_000)
+    patterns = samples(ALTERNATING, 20_000)
     assert {(sum(i % 2 == 0 for i in p), sum(i % 2 for i in p)) for p in patterns} == {(6, 6)}
     together = Counter(pair for p in patterns for pair in itertools.combinations(sorted(p), 2))
     for first, second in [(0, 1), (0, 3), (0, 23), (11, 12), (5, 20)]:
@@ -266,8 +266,8 @@ def test_among_alternating_kinds_balance_alone_decides_how_many_of_each_are_drop
 
 
 def test_kinds_in_blocks_are_drawn_like_kinds_that_alternate() -> None:
-    blocks = draws(costing([1.0] * 6 + [2.5] * 6, [0.45] * 12), 20_000)
-    alternating = draws(costing([1.0, 2.5] * 6, [0.45] * 12), 20_000, seed=1)
+    blocks = samples(costing([1.0] * 6 + [2.5] * 6, [0.45] * 12), 20_000)
+    alternating = samples(costing([1.0, 2.5] * 6, [0.45] * 12), 20_000, seed=1)
     table = Counter(sum(i < 6 for i in p) for p in blocks), Counter(sum(i % 2 == 0 for i in p) for p in alternating)
     seen = sorted(set(table[0]) | set(table[1]))
     assert len(seen) > 1
@@ -275,13 +275,13 @@ def test_kinds_in_blocks_are_drawn_like_kinds_that_alternate() -> None:
 
 
 def test_patterns_of_equal_count_and_flops_are_equally_likely() -> None:
-    patterns = Counter(draws(costing([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0], [1 / 3] * 3 + [0.5] * 4), 20_000))
+    patterns = Counter(samples(costing([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0], [1 / 3] * 3 + [0.5] * 4), 20_000))
     assert len(patterns) == 3 * math.comb(4, 2)
     assert stats.chisquare(list(patterns.values())).pvalue > P_VALUE
 
 
 def test_units_without_any_flops_are_drawn_like_units_of_equal_flops() -> None:
-    patterns = Counter(draws(costing([0.0] * 6, [0.5] * 6), 20_000))
+    patterns = Counter(samples(costing([0.0] * 6, [0.5] * 6), 20_000))
     assert len(patterns) == math.comb(6, 3)
     assert stats.chisquare(list(patterns.values())).pvalue > P_VALUE
 
@@ -301,7 +301,7 @@ any_units = st.lists(
 @given(units=any_units, seed=st.integers(0, 2**32), keep_one=st.booleans())
 def test_any_units_are_drawn_in_balance(units: list[Unit], seed: int, keep_one: bool) -> None:
     rates = effective_rates(units, keep_one=keep_one)
-    dropped = draw_dropped(units, random.Random(seed), keep_one=keep_one)
+    dropped = sample_dropped(units, random.Random(seed), keep_one=keep_one)
     assert all(rates[index] > 0 for index in dropped)
     for members in (range(len(units)), [index for index, unit in enumerate(units) if unit.trainable]):
         total = math.fsum(rates[index] for index in members)

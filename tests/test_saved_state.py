@@ -531,7 +531,7 @@ class Moody:
 
     answer: Any = ()
 
-    def draw(self, units: Any, rng: Any) -> Any:
+    def sample(self, units: Any, rng: Any) -> Any:
         if isinstance(self.answer, BaseException):
             raise self.answer
         return [rng.randrange(len(units))] if self.answer == () else self.answer

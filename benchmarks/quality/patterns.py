@@ -13,16 +13,16 @@ from dropbp_fx.policy.patterns import Pattern
 
 @dataclasses.dataclass
 class Held:
-    """Another pattern's draw, kept for ``steps`` forwards: an optimizer's moments then see the same branches for a while."""
+    """Another pattern's sample, kept for ``steps`` forwards: an optimizer's moments see the same branches for a while."""
 
     pattern: Pattern
     steps: int
     _drawn: Collection[int] = dataclasses.field(default=(), init=False)
     _left: int = dataclasses.field(default=0, init=False)
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         if not self._left:
-            self._drawn, self._left = self.pattern.draw(units, rng), self.steps
+            self._drawn, self._left = self.pattern.sample(units, rng), self.steps
         self._left -= 1
         return self._drawn
 
@@ -37,7 +37,7 @@ class CyclicWindow:
     step: float = 0.6180339887498949
     _place: float = dataclasses.field(default=0.0, init=False)
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         line = Line.of(units)
         self._place = (self._place + self.step) % 1.0
         return line.units_in(rng.random(), self._place, self._place + line.rate)
@@ -49,7 +49,7 @@ class Windows:
 
     count: int
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         line, begin, v = Line.of(units), rng.random(), rng.random()
         length = line.rate / self.count
         starts = [(begin + number / self.count) % 1.0 for number in range(self.count)]
@@ -62,7 +62,7 @@ class FixedWindow:
 
     place: float
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         line = Line.of(units)
         begin = self.place * (1.0 - line.rate)
         return line.units_in(rng.random(), begin, begin + line.rate)
@@ -80,8 +80,8 @@ class Sometimes:
     pattern: Pattern
     high: float
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         mean = Line.of(units).rate
         if rng.random() * self.high >= mean:
             return ()
-        return self.pattern.draw([dataclasses.replace(unit, rate=self.high) for unit in units], rng)
+        return self.pattern.sample([dataclasses.replace(unit, rate=self.high) for unit in units], rng)

@@ -26,21 +26,21 @@ def measure(
     learning_rate: float,
     points: Sequence[float] = (0.0, 0.5, 1.0),
     batches: int = 8,
-    draws: int = 8,
+    samples: int = 8,
 ) -> Iterator[Record]:
     """Statistics of methods at points of one exact training, one record a point, method and part of the model.
 
     With g_b the exact gradient of batch b with respect to the part, G its mean over batches, d_bk the gradient that the
-    method's k-th draw leaves of batch b (zero where it is dropped) and means over all b and k:
+    method's k-th sample leaves of batch b (zero where it is dropped) and means over all b and k:
 
     - ``sampling_variance``: mean ‖g_b - G‖² / ‖G‖², what batches of this size scatter anyway;
     - ``bias``: ‖mean(d_bk - g_b)‖ / ‖G‖;
-    - ``added_variance``: how much d_bk scatters over the draws of one batch, the mean over batches, / ‖G‖²;
+    - ``added_variance``: how much d_bk scatters over the samples of one batch, the mean over batches, / ‖G‖²;
     - ``cosine``: between the mean of d_bk and G: is the direction right that an optimizer sees in the long run?
     - ``kept_cosine``: the mean cosine between d_bk and g_b where the part is not dropped;
     - ``kept``: how often that is.
 
-    Each batch has ``draws`` draws, so added variance / (batches * draws) of the bias' square is chance.
+    Each batch has ``samples`` samples, so added variance / (batches * samples) of the bias' square is chance.
     """
     model = workshop.model(task)
     optimizer = make_optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}], workshop.device)
@@ -63,7 +63,7 @@ def measure(
             }
             try:
                 setting = Setting(rate, workshop.inner, steps, workshop.precision)
-                for part, found in _statistics(model, methods()[name].make, setting, looked_at, draws, point).items():
+                for part, found in _statistics(model, methods()[name].make, setting, looked_at, samples, point).items():
                     yield {**common, "part": part, **found}
             except Exception as error:
                 yield {**common, "error": error_text(error)}
@@ -74,7 +74,7 @@ def _statistics(
     make: Callable[[Decoder, Setting], object],
     setting: Setting,
     batches: Sequence[Tensor],
-    draws: int,
+    samples: int,
     point: float,
 ) -> dict[str, dict[str, float]]:
     torch._dynamo.reset()
@@ -104,18 +104,18 @@ def _statistics(
     scattered, cosines, kept = (dict.fromkeys(parts, 0.0) for _ in range(3))
     for ids, whole in zip(batches, exact, strict=True):
         of_batch = {name: torch.zeros_like(errors[name]) for name in parts}
-        for _ in range(draws):
-            for name, drawn in gradients(ids).items():
-                error = (drawn - whole[name]).double()
+        for _ in range(samples):
+            for name, sampled in gradients(ids).items():
+                error = (sampled - whole[name]).double()
                 of_batch[name] += error
                 scattered[name] += float(error.square().sum())
-                if drawn.any():
+                if sampled.any():
                     kept[name] += 1
-                    cosines[name] += float(torch.cosine_similarity(drawn, whole[name], dim=0))
+                    cosines[name] += float(torch.cosine_similarity(sampled, whole[name], dim=0))
         for name, total in of_batch.items():
             errors[name] += total
-            scattered[name] -= float(total.square().sum()) / draws
-    count = len(batches) * draws
+            scattered[name] -= float(total.square().sum()) / samples
+    count = len(batches) * samples
     answer = {}
     for name in parts:
         size = float(mean[name].double().square().sum()) or math.nan
@@ -125,7 +125,7 @@ def _statistics(
             "norm": math.sqrt(size),
             "sampling_variance": scatter / size,
             "bias": math.sqrt(bias / size),
-            "added_variance": max(scattered[name], 0.0) / (len(batches) * max(draws - 1, 1)) / size,
+            "added_variance": max(scattered[name], 0.0) / (len(batches) * max(samples - 1, 1)) / size,
             "cosine": float(
                 torch.cosine_similarity(mean[name].double() + errors[name] / count, mean[name].double(), dim=0)
             ),

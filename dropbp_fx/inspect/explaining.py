@@ -107,7 +107,7 @@ def _explained(
         granularity=captures.policy.granularity,
         rate=rate,
         inner=inner if isinstance(inner, str) else "custom",
-        pattern=captures.policy.draws,
+        pattern=captures.policy.resolved_pattern,
         parameters=parameters,
         trainable_parameters=trainable,
         shortfall=captures.shortfall,

@@ -1,7 +1,7 @@
 """Split a budget of dropped FLOPs among branches so that the gradient suffers least.
 
 Let s_i be the squared change of the gradient when branch i alone is dropped and r_i the branch's drop rate, and let the
-branches' effects be orthogonal and the draws of different steps independent. At step t branch i is missing with the
+branches' effects be orthogonal and the patterns of different steps independent. At step t branch i is missing with the
 indicator d_ti, of mean r_i and variance r_i (1 - r_i), so the error of the gradient averaged over T steps is
 
     E ||(1/T) sum_t g_t - g||^2 = sum_i s_i E[((1/T) sum_t d_ti)^2] = sum_i s_i (r_i (1 - r_i) / T + r_i^2)

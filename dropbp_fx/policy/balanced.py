@@ -1,12 +1,12 @@
-"""Draw which units to drop: balanced sampling with unequal probabilities.
+"""Sample which units to drop: balanced sampling with unequal probabilities.
 
-Each draw is a sample by the cube method (Deville and Tillé, Efficient balanced sampling, Biometrika 91, 2004; the fast
+Each sample is taken by the cube method (Deville and Tillé, Efficient balanced sampling, Biometrika 91, 2004; the fast
 flight phase of Chauvet and Tillé, 2006). The units' chances are the coordinates of a point in the unit cube. The flight
 moves it at random to a vertex, along directions that leave both the number of units and their FLOPs as they are, and as
-likely forwards as backwards by length; so every unit's chance is exactly its rate, and a draw costs nearly what the rates
+likely forwards as backwards by length; so every unit's chance is exactly its rate, and a sample costs nearly what the rates
 cost on average. The few coordinates for which no such direction is left land by giving up the FLOPs first, the count last.
 
-The order of the units is drawn anew each time, so their order carries no structure into the patterns.
+The order of the units is shuffled anew each time, so their order carries no structure into the patterns.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def effective_rates(units: Sequence[Unit], *, keep_one: bool = True) -> list[flo
     return [unit.rate * scale if unit.trainable else unit.rate for unit in units]
 
 
-def draw_dropped(units: Sequence[Unit], rng: random.Random, *, keep_one: bool = True) -> frozenset[int]:
-    """Draw the indices of the units to drop.
+def sample_dropped(units: Sequence[Unit], rng: random.Random, *, keep_one: bool = True) -> frozenset[int]:
+    """Sample the indices of the units to drop.
 
-    In every draw the number of trainable units dropped is the sum of their rates rounded up or down, and so is the
+    In every sample the number of trainable units dropped is the sum of their rates rounded up or down, and so is the
     number of all units dropped. With F the FLOPs of the largest unit, the dropped FLOPs are less than F away from their
     expectation where all units are trainable or none is, and less than 2 F otherwise. Proof: the flight keeps count and
     FLOPs of either kind and leaves at most two units a and b of it undecided, with chances p and q. Landing rounds p + q
@@ -48,7 +48,7 @@ def draw_dropped(units: Sequence[Unit], rng: random.Random, *, keep_one: bool = 
 
     Args:
         units: what may be dropped.
-        rng: source of randomness; the draw is a function of ``units`` and its state, and of nothing else.
+        rng: source of randomness; the sample is a function of ``units`` and its state, and of nothing else.
         keep_one: always keep at least one trainable unit, if there is any.
 
     Returns:
@@ -110,7 +110,7 @@ def _land(
 def _move(chances: list[float], members: Sequence[int], direction: Sequence[float], rng: random.Random) -> list[int]:
     """Move the members' chances along ``direction`` or against it until one of them is 0 or 1.
 
-    Which way is drawn so that no chance changes on average. ``direction`` is not all zero.
+    Which way is chosen so that no chance changes on average. ``direction`` is not all zero.
 
     Returns:
         The members that are still undecided: at least one fewer.

@@ -4,7 +4,7 @@ Layers lie end to end on a line in the order of execution, layer i on [x_i, x_i 
 uniform on [0, 1) and shared by all layers, gives each a point x_i + v F_i, and an interval of the line drops the layers
 whose points it holds. Averaged over v, an interval of length B thus drops exactly B FLOPs, wherever it lies; and as
 neighbouring points are never further apart than the longer of their layers, it drops B give or take less than the FLOPs of
-one layer in every single draw.
+one layer in every single sample.
 
 Every frequency reported here is computed, not sampled: a layer's chance is a piecewise linear function of where the
 interval begins or ends, and is integrated piece by piece.
@@ -97,7 +97,7 @@ class LowestPattern:
     """Drop the lowest layers, as many as the rate asks for: gradients of all layers above them are exact.
 
     With p the mean of the units' rates weighted by their FLOPs, the layers below the depth p of all FLOPs are dropped, the
-    same ones in every draw but for the layer that the depth falls into, which is dropped in proportion. The last trainable
+    same ones in every sample but for the layer that the depth falls into, which is dropped in proportion. The last trainable
     layer and what follows it are never dropped. With a rate that grows over the run (the schedule "late_ramp") layers end
     their training one after the other, the lowest first: progressive freezing, as in FreezeOut (Brock et al., 2017).
     ``drop="below"`` ends the training of what lies below all layers, an embedding, with that of the first.
@@ -105,7 +105,7 @@ class LowestPattern:
     Nested sets cannot honour the units' relative rates, only their sum. :meth:`frequencies` gives what they get.
     """
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
         line = Line.of(units)
         return line.units_in(rng.random(), 0.0, min(line.rate, _room(line)))
 
@@ -134,7 +134,7 @@ class SuffixPattern:
     frequencies fall from the first layer to the last. :meth:`frequencies` gives them.
     """
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
         line = Line.of(units)
         low, high, room = _depths(line)
         depth = min(low + rng.random() * (high - low), room)
@@ -179,7 +179,7 @@ def _exceeds(low: float, high: float, point: float) -> float:
 class WindowPattern:
     """Drop one contiguous run of layers that holds the share p of all FLOPs, at a random place.
 
-    p is the mean of the units' rates weighted by their FLOPs. Every draw drops p of all FLOPs give or take less than the
+    p is the mean of the units' rates weighted by their FLOPs. Every sample drops p of all FLOPs give or take less than the
     FLOPs of one layer, and exactly p on average, wherever the window is put. A window never holds all trainable layers;
     where p leaves no place for that, it is shortened: to all but the longest trainable layer with ``wrap``, to the
     longest that fits beside a trainable layer without.
@@ -203,13 +203,13 @@ class WindowPattern:
     _placed: Callable[[tuple[Unit, ...]], _Placement] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Fitting a placement takes much longer than a draw, and units change seldom: each pattern remembers a few.
+        # Fitting a placement takes much longer than a sample, and units change seldom: each pattern remembers a few.
         object.__setattr__(self, "_placed", functools.lru_cache(maxsize=8)(functools.partial(_place, self.wrap)))
 
     def __reduce__(self) -> tuple[type[WindowPattern], tuple[bool]]:
         return WindowPattern, (self.wrap,)
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
         placement = self._placed(tuple(units))
         if not placement.cells:
             return frozenset()

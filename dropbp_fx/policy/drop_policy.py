@@ -16,7 +16,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from dropbp_fx.policy.patterns import DrawFunction, Pattern, PatternName, known_name, resolve_pattern
+from dropbp_fx.policy.patterns import Pattern, PatternName, SampleFunction, known_name, resolve_pattern
 from dropbp_fx.policy.rates import Allocation, check_attainable
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_schedule
 from dropbp_fx.policy.units import Granularity
@@ -35,7 +35,7 @@ class DropPolicy:
             with a schedule, over the run.
         pattern: which branches are dropped together: "random" (the paper), "independent", "lowest" (the lowest layers, the
             same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers), or
-            a pattern of your own: a :class:`~dropbp_fx.Pattern`, or a function like its ``draw``.
+            a pattern of your own: a :class:`~dropbp_fx.Pattern`, or a function like its ``sample``.
         schedule: how the rate changes over the run: "constant", "ramp_up" (from 0 to 2 ``rate``), "ramp_down", "step"
             (nothing in the first half, 2 ``rate`` in the second), "late_ramp" (nothing at first, then up to ``max_rate``),
             or a function from progress (0 to 1) to a rate. The training loop tells the progress:
@@ -59,7 +59,7 @@ class DropPolicy:
     """
 
     rate: float = 0.5
-    pattern: PatternName | Pattern | DrawFunction = "random"
+    pattern: PatternName | Pattern | SampleFunction = "random"
     schedule: ScheduleName | RateSchedule = "constant"
     allocation: Allocation = "uniform"
     granularity: Granularity = "branch"
@@ -141,7 +141,7 @@ class DropPolicy:
         return cls(**fields)
 
     @property
-    def draws(self) -> Pattern:
+    def resolved_pattern(self) -> Pattern:
         """The pattern as an object."""
         return resolve_pattern(self.pattern)
 

@@ -5,9 +5,9 @@ A pattern turns units and their rates into the set to drop. Those built in:
 =============  =========================  ================================================================================
 name           class                      what it drops
 =============  =========================  ================================================================================
-"random"       :class:`RandomPattern`     random units; their number and FLOPs are nearly the same in every draw
+"random"       :class:`RandomPattern`     random units; their number and FLOPs are nearly the same in every sample
 "independent"  :class:`IndependentPattern` each unit by its own coin
-"lowest"       :class:`LowestPattern`     the lowest layers, the same ones in every draw
+"lowest"       :class:`LowestPattern`     the lowest layers, the same ones in every sample
 "suffix"       :class:`SuffixPattern`     every layer below a random depth
 "window"       :class:`WindowPattern`     one contiguous run of layers, at a random place
 =============  =========================  ================================================================================
@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-from dropbp_fx.policy.balanced import Unit, draw_dropped, effective_rates
+from dropbp_fx.policy.balanced import Unit, effective_rates, sample_dropped
 from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
 from dropbp_fx.values import shown, takes
 
@@ -35,7 +35,7 @@ __all__ = [
     "RandomPattern",
     "SuffixPattern",
     "WindowPattern",
-    "checked_draw",
+    "checked_sample",
     "frequencies",
     "known_name",
     "pattern_name",
@@ -43,12 +43,12 @@ __all__ = [
 ]
 
 PatternName = Literal["random", "independent", "window", "lowest", "suffix"]
-DrawFunction = Callable[[Sequence[Unit], random.Random], Collection[int]]
+SampleFunction = Callable[[Sequence[Unit], random.Random], Collection[int]]
 
 
 @runtime_checkable
 class Pattern(Protocol):
-    """Chooses the units to drop. To write a new pattern, write :meth:`draw`; nothing has to be registered.
+    """Chooses the units to drop. To write a new pattern, write :meth:`sample`; nothing has to be registered.
 
     Every k-th layer, from a random one of the first k on::
 
@@ -56,18 +56,18 @@ class Pattern(Protocol):
         class EveryKthLayer:
             k: int
 
-            def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+            def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
                 layers = list(dict.fromkeys(unit.layer for unit in units))
                 dropped = set(layers[rng.randrange(self.k) :: self.k])
                 return [index for index, unit in enumerate(units) if unit.layer in dropped]
 
-    A function that takes ``(units, rng)`` and returns indices serves as well. Draw from ``rng`` alone and keep no state,
+    A function that takes ``(units, rng)`` and returns indices serves as well. Sample from ``rng`` alone and keep no state,
     and a resumed run goes on with the same patterns. Whether a pattern honours the units' rates is its own affair; one
     that does not should say what it does in a method ``frequencies`` (:class:`PatternWithFrequencies`). That at least one
-    trainable unit stays is seen to by :func:`checked_draw`.
+    trainable unit stays is seen to by :func:`checked_sample`.
     """
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         """The indices into ``units`` of those to drop; units are in the order of execution."""
         ...
 
@@ -77,7 +77,7 @@ class PatternWithFrequencies(Pattern, Protocol):
     """A pattern that knows how often it drops each unit."""
 
     def frequencies(self, units: Sequence[Unit]) -> Sequence[float]:
-        """For each unit the probability that :meth:`draw` drops it."""
+        """For each unit the probability that :meth:`sample` drops it."""
         ...
 
 
@@ -85,12 +85,12 @@ class PatternWithFrequencies(Pattern, Protocol):
 class RandomPattern:
     """Random units, each dropped at its rate: the pattern of DropBP, with a fixed number and balanced FLOPs.
 
-    :func:`~dropbp_fx.policy.balanced.draw_dropped` says how close every draw is to its budget. One trainable unit is always
-    kept, for which rates are scaled down where they leave no room for one.
+    :func:`~dropbp_fx.policy.balanced.sample_dropped` says how close every sample is to its budget. One trainable unit is
+    always kept, for which rates are scaled down where they leave no room for one.
     """
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
-        return draw_dropped(units, rng)
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+        return sample_dropped(units, rng)
 
     def frequencies(self, units: Sequence[Unit]) -> list[float]:
         return effective_rates(units)
@@ -105,7 +105,7 @@ class IndependentPattern:
     one of them, chosen at random, is kept; the frequencies allow for that.
     """
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> frozenset[int]:
         return _keeping_one({index for index, unit in enumerate(units) if rng.random() < unit.rate}, units, rng)
 
     def frequencies(self, units: Sequence[Unit]) -> list[float]:
@@ -116,9 +116,9 @@ class IndependentPattern:
 
 @dataclasses.dataclass(frozen=True)
 class _FunctionPattern:
-    function: DrawFunction
+    function: SampleFunction
 
-    def draw(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
+    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
         try:
             return self.function(units, rng)
         except TypeError:
@@ -140,7 +140,7 @@ def _builtin() -> dict[str, Pattern]:
     }
 
 
-def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
+def resolve_pattern(pattern: str | Pattern | SampleFunction) -> Pattern:
     """The pattern of a name, a pattern itself, or one that calls a function.
 
     Raises:
@@ -152,20 +152,20 @@ def resolve_pattern(pattern: str | Pattern | DrawFunction) -> Pattern:
         if pattern not in builtin:
             raise ValueError(
                 f"There is no pattern named {pattern!r}; the names are {', '.join(map(repr, builtin))}. Pass one of "
-                "them, or an object with a method draw(units, rng)."
+                "them, or an object with a method sample(units, rng)."
             )
         return builtin[pattern]
     if isinstance(pattern, type):
         raise TypeError(
             f"pattern is the class {pattern.__name__}, but must be an instance of it: pass {pattern.__name__}(...)."
         )
-    if callable(getattr(pattern, "draw", None)):
+    if callable(getattr(pattern, "sample", None)):
         return pattern  # type: ignore[return-value]
     if callable(pattern):
         return _FunctionPattern(pattern)
     raise TypeError(
         f"pattern is {shown(pattern)}, but must be one of the names {', '.join(map(repr, builtin))}, an object with a "
-        "method draw(units, rng), or a function of (units, rng) that returns the indices of the units to drop."
+        "method sample(units, rng), or a function of (units, rng) that returns the indices of the units to drop."
     )
 
 
@@ -189,7 +189,7 @@ def frequencies(pattern: Pattern, units: Sequence[Unit]) -> list[float]:
     return [unit.rate for unit in units]
 
 
-def checked_draw(pattern: Pattern, units: Sequence[Unit], rng: random.Random, *, keep_one: bool) -> frozenset[int]:
+def checked_sample(pattern: Pattern, units: Sequence[Unit], rng: random.Random, *, keep_one: bool) -> frozenset[int]:
     """Draw from ``pattern`` and check what it returned.
 
     Args:
@@ -205,13 +205,13 @@ def checked_draw(pattern: Pattern, units: Sequence[Unit], rng: random.Random, *,
         TypeError: the pattern returned something else than a collection of integers.
         IndexError: the pattern returned an index that no unit has.
     """
-    drawn = pattern.draw(units, rng)
-    if not isinstance(drawn, Iterable):
+    sampled = pattern.sample(units, rng)
+    if not isinstance(sampled, Iterable):
         raise TypeError(
-            f"The pattern {shown(pattern)} returned {shown(drawn)}, but must return a collection of the indices of the "
+            f"The pattern {shown(pattern)} returned {shown(sampled)}, but must return a collection of the indices of the "
             "units to drop; an empty one drops nothing."
         )
-    dropped = {_checked_index(entry, pattern, len(units)) for entry in drawn}
+    dropped = {_checked_index(entry, pattern, len(units)) for entry in sampled}
     return _keeping_one(dropped, units, rng) if keep_one else frozenset(dropped)
 
 
@@ -228,7 +228,7 @@ def _checked_index(entry: object, pattern: Pattern, count: int) -> int:
     if not 0 <= index < count:
         raise IndexError(
             f"The pattern {shown(pattern)} returned the index {shown(index)}, but there are {count} units, numbered from 0"
-            f"{f' to {count - 1}' if count else ''}. Return indices into the units that draw() was given."
+            f"{f' to {count - 1}' if count else ''}. Return indices into the units that sample() was given."
         )
     return index
 

@@ -14,7 +14,7 @@ import torch
 from dropbp_fx._distributed.agreement import Proposal, RankAgreement
 from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.overrides import Overrides
-from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_draw
+from dropbp_fx.policy.patterns import Pattern, RandomPattern, checked_sample
 from dropbp_fx.policy.presence import Presence
 from dropbp_fx.policy.rated_branches import RatedBranches
 from dropbp_fx.policy.rates import Rates, check_attainable, without_unreached
@@ -276,7 +276,7 @@ class PatternSampler:
         )
         groups = self.rated.units(fresh)
         rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{current.number}:{len(current.decided)}")
-        chosen = checked_draw(self.rated.pattern, [unit for unit, _ in groups], rng, keep_one=not kept_one)
+        chosen = checked_sample(self.rated.pattern, [unit for unit, _ in groups], rng, keep_one=not kept_one)
         for index in chosen:
             current.dropped.update(groups[index][1])
         current.decided.update(b.index for b in fresh)
