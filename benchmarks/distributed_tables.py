@@ -70,7 +70,11 @@ def text(runs: Sequence[Run], alone: Sequence[Run] = ()) -> str:
 def tables(runs: Sequence[Run], alone: Sequence[Run] = ()) -> dict[str, str]:
     """Tables in GitHub's Markdown by name."""
     rows = {
-        "steps": [{name: value for name, value in row.items() if name not in _BEHIND} for row in steps(runs, alone)],
+        "steps": [
+            {name: value for name, value in row.items() if name not in _BEHIND}
+            for row in steps(runs, alone)
+            if row["rate"] != 0.0  # these are as torch.compile's
+        ],
         "losses": losses(runs),
         "patterns": patterns(runs),
         "failures": failures(runs),
