@@ -707,6 +707,8 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
 
 #: Tables of results that the page on quality sums up in a sentence; ``--report`` prints them.
 SUMMED_UP = {
+    "12x1536, strong, lora",
+    "12x1536, mild, lora",
     "12x1536, strong, lora, rank 128",
     "12x1536, mild, lora, rank 128",
     "12x256, mild, full",
