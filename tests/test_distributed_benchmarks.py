@@ -151,5 +151,6 @@ def test_the_pages_tables_are_those_of_the_files() -> None:
     alone = [run for file in distributed_tables.ALONE for run in load(file)]
     page = PAGE.read_text()
     tables = distributed_tables.tables(runs, alone)
-    assert re.findall("<!-- table: (.*) -->", page) == list(tables)
+    summed_up = ["losses", "patterns"]  # in a sentence each
+    assert re.findall("<!-- table: (.*) -->", page) == [name for name in tables if name not in summed_up]
     assert filled(page, tables) == page

@@ -36,13 +36,15 @@ def test_the_family_is_exact_and_its_branches_are_those_of_its_source(family: Fa
 def test_the_documentation_lists_exactly_these_families() -> None:
     document = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
     section = document.split("## Families")[1].split("\n## ")[0]
-    rows = [
-        tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in section.splitlines() if "`" in line
-    ]
-    assert rows == [
-        (family.name, f"`{family.build.model.__name__}`", family.layer, f"exact. {family.note}".strip())
-        for family in FAMILIES
-    ]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if "| " in line]
+    shown = {about: families.split(", ") for about, families in cells if families not in ("architectures", "---")}
+    expected: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        expected.setdefault(family.layer, []).append(f"`{family.build.model.__name__}`")
+        if family.note:
+            expected.setdefault(family.note, []).append(family.name)
+    assert shown == expected
+    assert f"The {len(FAMILIES)} families" in section
 
 
 def test_experts_run_by_a_python_loop_break_the_graph_and_nothing_can_be_dropped() -> None:

@@ -705,11 +705,54 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
         pictures.draw(records[4:], tmp_path / "q.svg", by_flops=["mini"])
 
 
+#: Tables of results that the page on quality sums up in a sentence; ``--report`` prints them.
+SUMMED_UP = {
+    "12x1536, strong, lora",
+    "12x1536, mild, lora",
+    "12x1536, strong, lora, rank 128",
+    "12x1536, mild, lora, rank 128",
+    "12x256, mild, full",
+    "12x256, strong, lora",
+    "12x256-long, slight, full",
+    "12x256-long, slight, lora",
+    "mini, strong, full",
+    "mini, mild, full",
+    "mini, strong, lora",
+    "mini, mild, lora",
+    "mini, mild, lora, 2400 windows",
+    "mini-long, strong, lora",
+    "mini-long, mild, lora",
+    "mini-long, strong, lora, rank 32",
+    "statistics: mini, strong, full",
+    "endurance: tiny, strong, full, progressive freezing, rate 0.5, 20000 steps",
+    "12x768, strong, full",
+    "12x768, mild, full",
+    "12x768, strong, lora",
+}
+
+
 def test_the_pages_tables_are_those_of_the_files() -> None:
     """After new results: the command on the page that fills it."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*-quality-*.json"))
     records = load_records(files)
     page = (ROOT / "docs" / "experiments" / "quality.md").read_text()
     tables = report.tables(records, by_flops=["12x256", "12x256-long"])
-    assert set(re.findall("<!-- table: (.*) -->", page)) == set(tables)
+    shown = re.findall("<!-- table: (.*) -->", page)
+    assert sorted([*shown, *SUMMED_UP]) == sorted(tables)
     assert filled(page, tables) == page
+    assert gaps(tables["mini, strong, full"]) in " ".join(page.split())
+
+
+def gaps(table: str) -> str:
+    """A table's gaps in equal time, the best method first, as the page lists them."""
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    found = sorted(
+        (
+            float(row["gap, equal time"]),
+            row["method"] + ("" if row["rate"] == "0.500" else f" at {float(row['rate']):g}"),
+        )
+        for row in rows
+        if row["gap, equal time"]
+    )
+    return "; ".join(f"{method} {gap:.3f}" for gap, method in found).replace("-", "\N{MINUS SIGN}")
