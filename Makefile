@@ -6,7 +6,7 @@ VENV ?= .venv
 DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
 TEST_ARGS ?= -n 2 --dist worksteal
-BENCH_ARGS ?= run tiny --steps 5 --contestants torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
+BENCH_ARGS ?= run tiny --steps 5 --methods torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 # Processes that build the documentation; the atlas traces a model for each family.
 DOCS_JOBS ?= 2
 DOCS_OUT ?= docs/_build/html

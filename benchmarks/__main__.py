@@ -18,8 +18,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import longest, targets
-from benchmarks.contestants import CONTESTANTS, DEFAULT
 from benchmarks.measure import Record, Request
+from benchmarks.methods import DEFAULT, METHODS
 from benchmarks.pages import filled
 from benchmarks.processes import Clock, failed, in_own_process, without_first_steps
 from benchmarks.quality import cli as quality
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument(
         "--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there"
     )
-    measuring.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
+    measuring.add_argument("--out", type=Path, help="write the results to this file, after every method")
     adding = measuring.add_mutually_exclusive_group()
     adding.add_argument("--append", action="store_true", help="add a run to the file instead of replacing it")
     adding.add_argument(
@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         measuring.add_argument(f"--{size}", type=int, help="instead of the suite's")
 
     run = commands.add_parser("run", parents=[measuring], help="time and memory of training steps")
-    run.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=DEFAULT, metavar="NAME",
-                     help=f"of {', '.join(map(repr, CONTESTANTS))}")  # fmt: skip
+    run.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="NAME",
+                     help=f"of {', '.join(map(repr, METHODS))}")  # fmt: skip
     run.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.75, 0.875])
     run.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.5], help="of layers that are checkpointed")
     run.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.5], help="of the memory partitioner")
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(action=_run)
 
     first = commands.add_parser("first-step", parents=[measuring], help="what compiling costs, cold and warm")
-    first.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["torch.compile", "dropbp_fx"],
+    first.add_argument("--methods", nargs="+", choices=METHODS, default=["torch.compile", "dropbp_fx"],
                        metavar="NAME")  # fmt: skip
     first.add_argument("--rate", type=float, default=0.5)
     first.add_argument("--depths", nargs="+", type=int, help="numbers of layers, one after the other")
@@ -81,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     first.set_defaults(action=_first_step)
 
     length = commands.add_parser("longest", parents=[measuring], help="the longest sequence that fits")
-    length.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["torch.compile", "dropbp_fx"],
+    length.add_argument("--methods", nargs="+", choices=METHODS, default=["torch.compile", "dropbp_fx"],
                         metavar="NAME")  # fmt: skip
     length.add_argument("--rate", type=float, default=0.875)
     length.add_argument("--cap-gib", type=float, default=80.0)
     length.add_argument("--start", type=int, default=8192, help="the first length to try")
     length.add_argument("--multiple", type=int, default=1024, help="lengths are multiples of this")
-    length.add_argument("--probes", type=int, default=5, help="lengths to try at most, for each contestant")
+    length.add_argument("--probes", type=int, default=5, help="lengths to try at most, for each method")
     length.set_defaults(action=_longest)
 
     quality_parser = commands.add_parser("quality", help="fine-tune small models with every policy: does dropping pay?")
@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _request(chosen: argparse.Namespace, measurement: str, contestant: str, **more: object) -> Request:
+def _request(chosen: argparse.Namespace, measurement: str, method: str, **more: object) -> Request:
     common = {name: getattr(chosen, name) for name in ("suite", "loss", "device", "inner", "layers", "batch", "tokens")}
-    return Request(measurement, contestant, **{**common, **more})
+    return Request(measurement, method, **{**common, **more})
 
 
 def _file(chosen: argparse.Namespace) -> ResultsFile:
@@ -125,42 +125,42 @@ def _measure(file: ResultsFile, request: Request, clock: Clock, cache: Path | No
         records = in_own_process(request, clock, cache)
     for record in records:
         if "error" in record:
-            tqdm.write(f"{record['contestant']} failed: {record['error']}", file=sys.stderr)
+            tqdm.write(f"{record['method']} failed: {record['error']}", file=sys.stderr)
     return records
 
 
 def _run(chosen: argparse.Namespace) -> None:
     file, clock = _file(chosen), Clock(chosen.time_limit)
     values = {"rate": chosen.rates, "share": chosen.shares, "budget": chosen.budgets, None: [None]}
-    progress = tqdm(chosen.contestants, unit="contestant")
+    progress = tqdm(chosen.methods, unit="method")
     for name in progress:
         progress.set_postfix_str(name)
-        request = _request(chosen, "steps", name, values=values[CONTESTANTS[name].knob],
+        request = _request(chosen, "steps", name, values=values[METHODS[name].knob],
                            steps=chosen.steps, warmup=chosen.warmup)  # fmt: skip
         records = _measure(file, request, clock, chosen.cache)
         file.add(without_first_steps(records) if chosen.cache else records)
-    keys = ["contestant", "knob", "value", "first_step_s", "step_ms", "step_ms_mean", "host_ms", "activation_gib"]
+    keys = ["method", "knob", "value", "first_step_s", "step_ms", "step_ms_mean", "host_ms", "activation_gib"]
     _print(file, "steps", keys)
 
 
 def _first_step(chosen: argparse.Namespace) -> None:
     file, clock = _file(chosen), Clock(chosen.time_limit)
     depths = chosen.depths or [chosen.layers]
-    for layers, name in tqdm([(layers, name) for layers in depths for name in chosen.contestants]):
-        values = [chosen.rate if CONTESTANTS[name].knob == "rate" else None]
+    for layers, name in tqdm([(layers, name) for layers in depths for name in chosen.methods]):
+        values = [chosen.rate if METHODS[name].knob == "rate" else None]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             for warm in (False,) if chosen.cold_only else (False, True):
                 request = _request(chosen, "first step", name, values=values, layers=layers,
                                    patterns=0 if warm else chosen.patterns)  # fmt: skip
                 file.add({**record, "warm": warm} for record in _measure(file, request, clock, Path(cache)))
-    keys = ["contestant", "layers", "value", "warm", "first_step_s", "all_variants_s", "inner_compile_s"]
+    keys = ["method", "layers", "value", "warm", "first_step_s", "all_variants_s", "inner_compile_s"]
     _print(file, "first step", [*keys, "compiled_variants", "patterns", "recompiles", "new_variants"])
 
 
 def _longest(chosen: argparse.Namespace) -> None:
     file, clock = _file(chosen), Clock(chosen.time_limit)
-    for name in chosen.contestants:
-        values = [chosen.rate if CONTESTANTS[name].knob == "rate" else None]
+    for name in chosen.methods:
+        values = [chosen.rate if METHODS[name].knob == "rate" else None]
         search = longest.Search(chosen.start, chosen.cap_gib, chosen.multiple)
         for _ in range(chosen.probes):
             tokens = search.next_length()
@@ -174,7 +174,7 @@ def _longest(chosen: argparse.Namespace) -> None:
             if any("error" in record for record in records):
                 break
             search.tell(records[0])
-    _print(file, "length", ["contestant", "value", "tokens", "fits", "step_ms", "held_gib", "peak_gib"])
+    _print(file, "length", ["method", "value", "tokens", "fits", "step_ms", "held_gib", "peak_gib"])
 
 
 def _compare(chosen: argparse.Namespace) -> None:

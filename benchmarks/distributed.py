@@ -21,7 +21,7 @@ from benchmarks.processes import Clock, failed, in_own_process, without_first_st
 from benchmarks.results import ResultsFile, Run
 from benchmarks.suites import SUITES, shape_of
 
-_CONTESTANTS = {
+_METHODS = {
     "ddp": ("torch.compile", "dropbp_fx", "dropbp_fx, present gradients"),
     "fsdp2": ("torch.compile", "dropbp_fx", "dropbp_fx, needed gathers"),
 }
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock = Clock(chosen.time_limit)
     progress = tqdm(list(_requests(chosen)))
     for request in progress:
-        progress.set_postfix_str(f"{request.engine}, {request.contestant}, {request.measurement}")
+        progress.set_postfix_str(f"{request.engine}, {request.method}, {request.measurement}")
         if clock.left() == 0:
             records = [failed(request, "The run's time limit was reached before this one started.")]
         else:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record.setdefault("engine", request.engine)
             record.setdefault("processes", request.processes)
             if "error" in record:
-                tqdm.write(f"{request.engine}, {request.contestant} failed: {record['error']}", file=sys.stderr)
+                tqdm.write(f"{request.engine}, {request.method} failed: {record['error']}", file=sys.stderr)
         file.add(records)
     print(distributed_tables.text([file.run]))
 
@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
     parser.add_argument("suite", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
     parser.add_argument("--processes", type=int, default=2, help="one a device")
-    parser.add_argument("--engines", nargs="+", choices=_CONTESTANTS, default=list(_CONTESTANTS))
-    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="instead of all of an engine")
+    parser.add_argument("--engines", nargs="+", choices=_METHODS, default=list(_METHODS))
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="instead of all of an engine")
     parser.add_argument("--measure", nargs="+", choices=_MEASUREMENTS, default=list(_MEASUREMENTS))
     parser.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.875])
     parser.add_argument("--rate", type=float, default=0.5, help="of loss curves and patterns")
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop after so many seconds, keep what is there")
-    parser.add_argument("--out", type=Path, help="write the results to this file, after every contestant")
+    parser.add_argument("--out", type=Path, help="write the results to this file, after every method")
     parser.add_argument(
         "--cache", type=Path, metavar="FOLDER", help="keep compiled code here; first steps are not recorded then"
     )
@@ -92,18 +92,16 @@ def _requests(chosen: argparse.Namespace) -> Iterator[DistributedRequest]:
     common = {name: getattr(chosen, name) for name in names}
     plans = [(kind, engine) for kind in _MEASUREMENTS if kind in chosen.measure for engine in chosen.engines]
     for kind, engine in plans:
-        contestants = chosen.contestants or _CONTESTANTS[engine]
+        names = chosen.methods or _METHODS[engine]
         if kind == "steps":
-            for name in contestants:
+            for name in names:
                 values = [None] if name == "torch.compile" else chosen.rates
                 yield DistributedRequest("distributed steps", name, values=values, engine=engine, **common)
             continue
-        request = DistributedRequest(
-            f"distributed {kind}", contestants[-1], values=[chosen.rate], engine=engine, **common
-        )
+        request = DistributedRequest(f"distributed {kind}", names[-1], values=[chosen.rate], engine=engine, **common)
         if kind == "failures":
             # As most people use the engine: a hook of one's own has failures of its own.
-            yield dataclasses.replace(request, contestant=contestants[min(1, len(contestants) - 1)], batch=1)
+            yield dataclasses.replace(request, method=names[min(1, len(names) - 1)], batch=1)
             continue
         if kind == "patterns":
             tokens = min(_PATTERN_TOKENS, shape_of(chosen.suite, tokens=chosen.tokens).tokens)

@@ -24,7 +24,7 @@ from benchmarks.results import Run, load
 TARGET = 0.95
 #: Columns that a table leaves out: "kept" is the ratio of the two speed-ups, and memory follows the peak.
 _BEHIND = ("activation GiB", "speed-up", "one GPU's")
-#: One device's contestant behind each of several devices'.
+#: One device's method behind each of several devices'.
 _ALONE = {"dropbp_fx, present gradients": "dropbp_fx", "dropbp_fx, needed gathers": "dropbp_fx"}
 _RESULTS = ROOT / "benchmarks" / "results"
 #: What is in the documentation.
@@ -118,12 +118,12 @@ def steps(runs: Iterable[Run], alone: Sequence[Run] = ()) -> list[Record]:
 
 
 def _alone(alone: Iterable[Run], record: Record) -> tuple[float, float] | None:
-    """Step times of torch.compile and of the record's contestant on one device."""
+    """Step times of torch.compile and of the record's method on one device."""
     same = {key: record[key] for key in ("suite", "loss_function", "layers", "batch", "tokens")}
-    contestant = _ALONE.get(record["contestant"], record["contestant"])
+    method = _ALONE.get(record["method"], record["method"])
     for run in alone:
-        base = next(run.figures("steps", contestant="torch.compile", **same), None)
-        ours = next(run.figures("steps", contestant=contestant, value=record["value"], **same), None)
+        base = next(run.figures("steps", method="torch.compile", **same), None)
+        ours = next(run.figures("steps", method=method, value=record["value"], **same), None)
         if base is not None and ours is not None:
             return base["step_ms"], ours["step_ms"]
     return None

@@ -1,4 +1,4 @@
-"""One contestant of ``benchmarks.distributed`` in as many processes as it is asked for, one a device.
+"""One method of ``benchmarks.distributed`` in as many processes as it is asked for, one a device.
 
 ``python -m benchmarks.distributed_worker REQUEST RECORDS`` starts them; the first one writes the records.
 """
@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contestants import Training
 from benchmarks.measure import Record, Request, TrainingRun, conditions, error_text, peak, reset_peak, synchronize
+from benchmarks.methods import Training
 from benchmarks.models import Decoder, make_model
 from benchmarks.suites import shape_of
 from dropbp_fx import DropBPBackend, dropbp_backend
@@ -90,7 +90,7 @@ def _process(rank: int, request: DistributedRequest, store: str, records: str) -
 def common_record(request: DistributedRequest) -> Record:
     """The conditions that every record of a request names."""
     return {
-        **conditions(request, None if request.contestant == "torch.compile" else "rate"),
+        **conditions(request, None if request.method == "torch.compile" else "rate"),
         "engine": request.engine,
         "processes": request.processes,
         "compile": request.compile,
@@ -139,7 +139,7 @@ class DistributedRun(TrainingRun):
 
     def compile(self, model: Decoder) -> None:
         """In place, so that the engine meets the module itself."""
-        if self.request.contestant == "torch.compile":
+        if self.request.method == "torch.compile":
             compiler: Any = self.request.inner
         else:
             compiler = self.backend = dropbp_backend(rate=0.0, inner=self.request.inner, seed=self.seed)
@@ -181,7 +181,7 @@ def _ddp(run: DistributedRun) -> Training:
         find_unused_parameters=drops,
         gradient_as_bucket_view=True,
     )
-    if run.request.contestant == "dropbp_fx, present gradients":
+    if run.request.method == "dropbp_fx, present gradients":
         run.ddp.register_comm_hook(None, all_reduce_present)
     return run.finished(run.ddp)
 
@@ -194,7 +194,7 @@ def _fsdp2(run: DistributedRun) -> Training:
     for layer in run.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(run.model, mesh=mesh, mp_policy=policy)
-    if run.request.contestant == "dropbp_fx, needed gathers":
+    if run.request.method == "dropbp_fx, needed gathers":
         skip_unneeded_gathers(run.model)
     return run.finished(run.model)
 
@@ -347,7 +347,7 @@ class Traffic:
 
     def __enter__(self) -> None:
         ddp = self._run.ddp
-        if ddp is not None and self._run.request.contestant != "dropbp_fx, present gradients":
+        if ddp is not None and self._run.request.method != "dropbp_fx, present gradients":
             # Its reducer is not written in Python. It sends every bucket whole, so as much as there are parameters.
             self.gradients += sum(p.nbytes for p in ddp.parameters() if p.requires_grad)
         for name in _COLLECTIVES:

@@ -2,7 +2,7 @@
 quantisation.
 
 The linear layer is one operator, as in bitsandbytes: the weight is unpacked again in the backward rather than saved, and
-neither Dynamo nor a partitioner can decide otherwise for one contestant and not for another.
+neither Dynamo nor a partitioner can decide otherwise for one method and not for another.
 """
 
 from __future__ import annotations

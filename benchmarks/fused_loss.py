@@ -1,6 +1,6 @@
 """Cross entropy of a linear head without the logits: they are made, used and forgotten a chunk of tokens at a time.
 
-One operator for all contestants alike, eager or compiled: Dynamo captures it as one node of the graph, so it breaks no graph
+One operator for all methods alike, eager or compiled: Dynamo captures it as one node of the graph, so it breaks no graph
 and no compiler treats it differently from another. Since the loss is one number, its gradients are computed in the
 forward and only scaled in the backward, as fused implementations do.
 """

@@ -1,4 +1,4 @@
-"""Measure one contestant in the process it has to itself. Every function yields records as soon as it has them."""
+"""Measure one method in the process it has to itself. Every function yields records as soon as it has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor
 
-from benchmarks.contestants import CONTESTANTS, Training
+from benchmarks.methods import METHODS, Training
 from benchmarks.models import make_model
 from benchmarks.suites import shape_of
 
@@ -32,13 +32,13 @@ class Request:
     Attributes:
         measurement: "steps" (time and memory of training steps), "first step" (what compiling costs), or "length" (does a
             step fit).
-        values: the knob's values, one after the other in this process; ``[None]`` for a contestant without a knob.
+        values: the knob's values, one after the other in this process; ``[None]`` for a method without a knob.
         patterns: how many random patterns a "first step" process goes on to draw.
         cap_gib: memory the process may use on the device, ``None`` for all of it.
     """
 
     measurement: str
-    contestant: str
+    method: str
     suite: str
     values: Sequence[float | None] = (None,)
     loss: str = "plain"
@@ -55,9 +55,9 @@ class Request:
 
 def measure(request: Request) -> Iterator[Record]:
     """Measure what is asked for; a failure becomes a record with its text under "error"."""
-    contestant = CONTESTANTS[request.contestant]
+    method = METHODS[request.method]
     measurements = {"steps": _steps, "first step": _first_step, "length": _length}
-    common = conditions(request, contestant.knob)
+    common = conditions(request, method.knob)
     for record in measurements[request.measurement](request):
         yield {**common, **record}
 
@@ -68,7 +68,7 @@ def conditions(request: Request, knob: str | None) -> Record:
     return {
         "measurement": request.measurement,
         "suite": request.suite,
-        "contestant": request.contestant,
+        "method": request.method,
         "loss_function": request.loss,
         "layers": shape.layers,
         "batch": shape.batch,
@@ -78,7 +78,7 @@ def conditions(request: Request, knob: str | None) -> Record:
 
 
 class TrainingRun:
-    """A model, a contestant's way to train it, an optimizer and batches."""
+    """A model, a method's way to train it, an optimizer and batches."""
 
     def __init__(self, request: Request) -> None:
         self.device = request.device
@@ -91,7 +91,7 @@ class TrainingRun:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.parameters |= {b.untyped_storage().data_ptr() for b in model.buffers()}
-        self.training: Training = CONTESTANTS[request.contestant].make(model, request.inner)
+        self.training: Training = METHODS[request.method].make(model, request.inner)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=self.device == "cuda")
         size = (self.shape.batch, self.shape.tokens + 1)
         self.batches = [torch.randint(self.shape.vocabulary, size, device=self.device) for _ in range(4)]
@@ -99,7 +99,7 @@ class TrainingRun:
         self._taken = 0
 
     def step(self) -> Tensor:
-        """One training step, or one forward where that is all the contestant does."""
+        """One training step, or one forward where that is all the method does."""
         loss = self.training.loss(self.batches[self._taken % len(self.batches)])
         self._taken += 1
         if loss.requires_grad:
@@ -218,7 +218,7 @@ def _steps(request: Request) -> Iterator[Record]:
     waited for, ``activation_gib`` the peak above what was held before the step (on the CPU, what autograd saved).
     """
     run = TrainingRun(request)
-    recompiles = CONTESTANTS[request.contestant].recompiles
+    recompiles = METHODS[request.method].recompiles
     for index, value in enumerate(request.values):
         try:
             yield {"value": value, **_steps_at(run, request, value, compiles=index == 0 or recompiles)}
@@ -229,7 +229,7 @@ def _steps(request: Request) -> Iterator[Record]:
         gc.collect()
         if run.device == "cuda":
             torch.cuda.empty_cache()
-    if CONTESTANTS[request.contestant].knob is None and request.contestant != "forward alone":
+    if METHODS[request.method].knob is None and request.method != "forward alone":
         try:
             run.zero_gradients()
             for _ in range(3):

@@ -1,4 +1,4 @@
-"""The models every contestant trains: a plain Llama and a plain GPT-2 whose branches are methods of their own."""
+"""The models every method trains: a plain Llama and a plain GPT-2 whose branches are methods of their own."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
     """``forward`` returns the mean next-token loss of a batch of token ids, shape (batch, tokens + 1).
 
     The parts of a forward are methods of their own (``embed``, the layers' ``attention`` and ``feed_forward``,
-    ``loss``), so that a contestant can put a forward together by hand.
+    ``loss``), so that a method can put a forward together by hand.
     """
 
     def __init__(self, shape: Shape, *, fused_loss: bool = False) -> None:

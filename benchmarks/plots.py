@@ -31,7 +31,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     if not panels:
         raise ValueError("There is nothing to draw: no run holds step times or first steps that did not fail.")
     with figure(path, panels) as axes:
-        styles = styles_of(record["contestant"] for records in settings.values() for record in records)
+        styles = styles_of(record["method"] for records in settings.values() for record in records)
         for axis, (title, records) in zip(axes, settings.items(), strict=False):
             _time_against_memory(axis, title, records, styles)
         if firsts:
@@ -70,7 +70,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
     found: dict[tuple[int, str], list[Record]] = {}
     for number, run in enumerate(runs):
         for record in run.figures("steps"):
-            if record["contestant"] not in _LEFT_OUT and record["activation_gib"] > 0:
+            if record["method"] not in _LEFT_OUT and record["activation_gib"] > 0:
                 key = number, f"{record['suite']}, {record['loss_function']} loss, {run.machine}"
                 found.setdefault(key, []).append(record)
     titles = [title for _, title in found]
@@ -81,7 +81,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Record]]:
 
 
 def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each contestant, the same in every panel."""
+    """A colour and a marker for each method, the same in every panel."""
     ordered = sorted(set(names), key=lambda name: (name != "dropbp_fx", name != "torch.compile", name))
     return dict(zip(ordered, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False), strict=False))
 
@@ -91,12 +91,12 @@ def _time_against_memory(
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    mine = {record["contestant"] for record in records}
+    mine = {record["method"] for record in records}
     for name, (colour, marker) in ((name, style) for name, style in styles.items() if name in mine):
         points = sorted(
             (record["activation_gib"], record["step_ms"], record["value"])
             for record in records
-            if record["contestant"] == name
+            if record["method"] == name
         )
         axis.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker, label=name,
                   markersize=5, linewidth=2.2 if name == "dropbp_fx" else 1.2)  # fmt: skip
@@ -116,7 +116,7 @@ def _first_steps(runs: Sequence[Run]) -> list[tuple[str, float, float]]:
     """Label, seconds of the first step, and seconds with every variant compiled."""
     return [
         (
-            f"{record['contestant']}\n{record['suite']}, {record['layers']} layers, {'warm' if record['warm'] else 'cold'}",
+            f"{record['method']}\n{record['suite']}, {record['layers']} layers, {'warm' if record['warm'] else 'cold'}",
             record["first_step_s"],
             record["all_variants_s"],
         )

@@ -184,13 +184,13 @@ def _measured(path: Path) -> list[_Measured]:
     content = json.loads(path.read_text())
     compared = ("torch.compile", "dropbp_fx")
     if "results" in content:
-        results = [result for result in content["results"] if result["contestant"] in compared]
+        results = [result for result in content["results"] if result["method"] in compared]
         rates = {float(rate): figures for result in results for rate, figures in result["rates"].items()}
         return [_Measured(results[0]["shape"], "plain", rates)]
     found: dict[tuple[int, str, str], dict[float, dict[str, float]]] = {}
     for number, run in enumerate(load(path)):
-        for contestant in compared[::-1]:
-            for record in run.figures("steps", contestant=contestant):
+        for method in compared[::-1]:
+            for record in run.figures("steps", method=method):
                 rates = found.setdefault((number, record["suite"], record["loss_function"]), {})
                 rates[record["value"] or 0.0] = record
     return [_Measured(suite, loss, rates) for (_, suite, loss), rates in found.items()]

@@ -75,7 +75,7 @@ def failed(request: Request, reason: str) -> Record:
     return {
         "measurement": request.measurement,
         "suite": request.suite,
-        "contestant": request.contestant,
+        "method": request.method,
         "loss_function": request.loss,
         "layers": request.layers,
         "batch": request.batch,

@@ -120,7 +120,7 @@ def label(record: Record) -> Record:
     return {
         "suite": record["suite"],
         "engine": engine + blocks,
-        "method": record["contestant"],
+        "method": record["method"],
         "rate": record["value"],
     }
 
@@ -128,7 +128,7 @@ def label(record: Record) -> Record:
 def compiled(run: Run, record: Record) -> Record | None:
     """torch.compile on the same engine in the same run."""
     same = {key: record[key] for key in ("suite", "loss_function", "batch", "tokens", "engine", "compile", "processes")}
-    return next(run.figures("distributed steps", contestant="torch.compile", **same), None)
+    return next(run.figures("distributed steps", method="torch.compile", **same), None)
 
 
 def _ms(value: float) -> str:

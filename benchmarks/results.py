@@ -18,7 +18,7 @@ from benchmarks.processes import ROOT
 from dropbp_fx import _torch
 
 #: What every record has; those of a kind that failed have "error" instead of figures.
-_COMMON = {"measurement", "suite", "contestant", "loss_function", "layers", "batch", "tokens", "knob", "value"}
+_COMMON = {"measurement", "suite", "method", "loss_function", "layers", "batch", "tokens", "knob", "value"}
 _FIGURES = {
     "steps": {"first_step_s", "step_ms", "synchronized_ms", "host_ms", "activation_gib", "losses"},
     "optimizer": {"optimizer_ms"},
@@ -32,9 +32,9 @@ _FIGURES = {
 #: Fine-tunings and what they began with are told apart by the task.
 _COMMON_OF_TASKS = {"measurement", "task", "size", "shift", "tuning"}
 _FIGURES_OF_TASKS = {
-    "quality": {"contestant", "rate", "share", "steps", "lr", "seed", "eval_loss", "step_ms", "activation_gib"},
-    "quality statistics": {"contestant", "rate", "point", "part", "norm", "bias", "added_variance", "cosine"},
-    "quality endurance": {"contestant", "rate", "steps", "lr"},
+    "quality": {"method", "rate", "share", "steps", "lr", "seed", "eval_loss", "step_ms", "activation_gib"},
+    "quality statistics": {"method", "rate", "point", "part", "norm", "bias", "added_variance", "cosine"},
+    "quality endurance": {"method", "rate", "steps", "lr"},
     "quality before": {"eval_loss", "pretraining_loss"},
 }
 

@@ -15,7 +15,7 @@ from benchmarks.results import Run
 OURS = ("dropbp_fx", "dropbp_fx, budget 0.7", "dropbp_fx, budget 0")
 COMPILED, FORWARD = "torch.compile", "forward alone"
 CAREFUL = ("careful user, detach", "careful user, no_grad")
-RIVALS = ("checkpointing", "memory budget")
+MEMORY_SAVERS = ("checkpointing", "memory budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _setting(record: Record) -> dict[str, Any]:
 
 
 def _where(record: Record, *more: str) -> str:
-    setting = record["contestant"].removeprefix(OURS[0]).lstrip(", ")
+    setting = record["method"].removeprefix(OURS[0]).lstrip(", ")
     words = [
         record["suite"],
         f"{record['layers']} layers",
@@ -126,20 +126,20 @@ def _where(record: Record, *more: str) -> str:
 
 def _ours(run: Run, rate: float) -> Iterator[Record]:
     for name in OURS:
-        yield from run.figures("steps", contestant=name, value=rate)
+        yield from run.figures("steps", method=name, value=rate)
 
 
 def _one(run: Run, measurement: str, **where: Any) -> Record | None:
     return next(run.figures(measurement, **where), None)
 
 
-def _against(rate: float, rival: str, figure: str, *, rival_rate: float | None = None, loss: str | None = None,
+def _against(rate: float, baseline: str, figure: str, *, baseline_rate: float | None = None, loss: str | None = None,
              suite: str | None = None, inverse: bool = False) -> Callable[[Run], Iterator[Finding]]:  # fmt: skip
-    """Our ``figure`` at ``rate`` over the rival's, or the ``inverse``, in every setting that has both."""
+    """Our ``figure`` at ``rate`` over the baseline's, or the ``inverse``, in every setting that has both."""
 
     def find(run: Run) -> Iterator[Finding]:
         for record in _ours(run, rate):
-            other = _one(run, "steps", contestant=rival, value=rival_rate, **_setting(record))
+            other = _one(run, "steps", method=baseline, value=baseline_rate, **_setting(record))
             if other is None or (loss or record["loss_function"]) != record["loss_function"]:
                 continue
             if suite is not None and suite != record["suite"]:
@@ -157,9 +157,9 @@ def _over_floor(rate: float) -> Callable[[Run], Iterator[Finding]]:
     def find(run: Run) -> Iterator[Finding]:
         for record in _ours(run, rate):
             setting = _setting(record)
-            whole = _one(run, "steps", contestant=COMPILED, **setting)
-            forward = _one(run, "steps", contestant=FORWARD, **setting)
-            optimizer = _one(run, "optimizer", contestant=COMPILED, **setting)
+            whole = _one(run, "steps", method=COMPILED, **setting)
+            forward = _one(run, "steps", method=FORWARD, **setting)
+            optimizer = _one(run, "optimizer", method=COMPILED, **setting)
             if whole is None or forward is None or optimizer is None:
                 continue
             f, o = forward["step_ms"], optimizer["optimizer_ms"]
@@ -169,24 +169,24 @@ def _over_floor(rate: float) -> Callable[[Run], Iterator[Finding]]:
     return find
 
 
-def _against_memory_saver(rate: float, rival: str, *, full_only: bool) -> Callable[[Run], Iterator[Finding]]:
-    """Our step over the rival's, in the rival's setting with the least memory that is not less than ours.
+def _against_memory_saver(rate: float, baseline: str, *, full_only: bool) -> Callable[[Run], Iterator[Finding]]:
+    """Our step over the baseline's, in the baseline's setting with the least memory that is not less than ours.
 
-    The rival is thus never asked to use less memory than we do. Plain torch.compile is a setting of it too.
+    The baseline is thus never asked to use less memory than we do. Plain torch.compile is a setting of it too.
     """
 
     def find(run: Run) -> Iterator[Finding]:
         for record in _ours(run, rate):
             if full_only and "lora" in record["suite"]:
                 continue
-            settings = list(run.figures("steps", contestant=rival, **_setting(record)))
+            settings = list(run.figures("steps", method=baseline, **_setting(record)))
             if not settings:
                 continue
-            settings += run.figures("steps", contestant=COMPILED, **_setting(record))
+            settings += run.figures("steps", method=COMPILED, **_setting(record))
             enough = [other for other in settings if other["activation_gib"] >= record["activation_gib"]]
             if enough:
                 other = min(enough, key=lambda one: one["activation_gib"])
-                chosen = COMPILED if other["knob"] is None else f"{rival} at {other['value']}"
+                chosen = COMPILED if other["knob"] is None else f"{baseline} at {other['value']}"
                 memory = f"{record['activation_gib']:.2f} against {other['activation_gib']:.2f} GiB"
                 yield Finding(_where(record, chosen, memory), record["step_ms"] / other["step_ms"])
 
@@ -196,11 +196,11 @@ def _against_memory_saver(rate: float, rival: str, *, full_only: bool) -> Callab
 def _longest(run: Run) -> Iterator[Finding]:
     lengths: dict[tuple[str, str, float], dict[str, int]] = {}
     for record in run.figures("length", fits=True):
-        if record["contestant"] in OURS and record["value"] != 0.875:
+        if record["method"] in OURS and record["value"] != 0.875:
             continue
         key = record["suite"], record["loss_function"], record["cap_gib"]
         best = lengths.setdefault(key, {})
-        best[record["contestant"]] = max(best.get(record["contestant"], 0), record["tokens"])
+        best[record["method"]] = max(best.get(record["method"], 0), record["tokens"])
     for (suite, loss, cap), best in lengths.items():
         for ours in OURS:
             if ours in best and COMPILED in best:
@@ -210,8 +210,8 @@ def _longest(run: Run) -> Iterator[Finding]:
 
 def _first_step(figure: str, *, warm: bool) -> Callable[[Run], Iterator[Finding]]:
     def find(run: Run) -> Iterator[Finding]:
-        for record in run.figures("first step", contestant=OURS[0], warm=warm):
-            other = _one(run, "first step", contestant=COMPILED, warm=warm, **_setting(record))
+        for record in run.figures("first step", method=OURS[0], warm=warm):
+            other = _one(run, "first step", method=COMPILED, warm=warm, **_setting(record))
             if other is not None and (warm or record["layers"] >= 32):
                 yield Finding(_where(record), record[figure] / other["first_step_s"])
 
@@ -219,14 +219,14 @@ def _first_step(figure: str, *, warm: bool) -> Callable[[Run], Iterator[Finding]
 
 
 def _depth(run: Run) -> Iterator[Finding]:
-    shallow = _one(run, "first step", contestant=OURS[0], warm=False, layers=8)
-    for record in run.figures("first step", contestant=OURS[0], warm=False, layers=64):
+    shallow = _one(run, "first step", method=OURS[0], warm=False, layers=8)
+    for record in run.figures("first step", method=OURS[0], warm=False, layers=64):
         if shallow is not None and shallow["suite"] == record["suite"]:
             yield Finding(record["suite"], record["inner_compile_s"] / shallow["inner_compile_s"])
 
 
 def _recompiles(run: Run) -> Iterator[Finding]:
-    for record in run.figures("first step", contestant=OURS[0]):
+    for record in run.figures("first step", method=OURS[0]):
         if record.get("patterns", 0) >= 1000:
             yield Finding(_where(record), record["recompiles"] + record["new_variants"])
 
@@ -240,19 +240,19 @@ def _targets() -> Iterator[Target]:
         what = f"step at rate {rate} / the floor F + (1-p)(T0-F-O) + O"
         yield Target(what, 1.0, _over_floor(rate), column=f"floor, {rate}")
     for name in CAREFUL:
-        by_hand = _against(0.875, name, "step_ms", rival_rate=0.875)
+        by_hand = _against(0.875, name, "step_ms", baseline_rate=0.875)
         yield Target(f"step at .875 / {name}'s", 0.95, by_hand, column=f"{name}, 0.875")
     memory = _against(0.875, COMPILED, "activation_gib", loss="fused")
     yield Target("activation memory at .875 / torch.compile's, fused loss", 0.08, memory)
     for name in CAREFUL:
-        memory = _against(0.875, name, "activation_gib", rival_rate=0.875, loss="fused")
+        memory = _against(0.875, name, "activation_gib", baseline_rate=0.875, loss="fused")
         yield Target(f"activation memory at .875 / {name}'s, fused loss", 0.6, memory)
-    for rival in RIVALS:
-        step = _against_memory_saver(0.875, rival, full_only=False)
-        yield Target(f"step at .875 / {rival}'s with no less memory", 0.4, step)
-    for rival in RIVALS:
-        step = _against_memory_saver(0.5, rival, full_only=True)
-        yield Target(f"step at .5 / {rival}'s with no less memory, full", 0.6, step)
+    for baseline in MEMORY_SAVERS:
+        step = _against_memory_saver(0.875, baseline, full_only=False)
+        yield Target(f"step at .875 / {baseline}'s with no less memory", 0.4, step)
+    for baseline in MEMORY_SAVERS:
+        step = _against_memory_saver(0.5, baseline, full_only=True)
+        yield Target(f"step at .5 / {baseline}'s with no less memory, full", 0.6, step)
     yield Target("longest sequence at .875 / torch.compile's", 10.0, _longest, at_least=True)
     cold = "first step, cold, 32 layers / torch.compile's"
     yield Target(cold, 0.25, _first_step("first_step_s", warm=False))

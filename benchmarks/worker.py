@@ -1,4 +1,4 @@
-"""The process that one contestant is measured in: ``python -m benchmarks.worker REQUEST RECORDS``, two files."""
+"""The process that one method is measured in: ``python -m benchmarks.worker REQUEST RECORDS``, two files."""
 
 from __future__ import annotations
 

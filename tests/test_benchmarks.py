@@ -15,10 +15,10 @@ from benchmarks import fused_loss, plots, targets
 from benchmarks.__main__ import main
 from benchmarks.at_peak import held_at_peak
 from benchmarks.at_peak import measure as held_at_peak_of
-from benchmarks.contestants import CONTESTANTS, DEFAULT, Patterns
 from benchmarks.four_bit import dequantise, four_bit_linear, quantise
 from benchmarks.longest import Search
 from benchmarks.measure import Record, Request, measure
+from benchmarks.methods import DEFAULT, METHODS, Patterns
 from benchmarks.processes import ROOT
 from benchmarks.results import ResultsFile, Run, load
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.thorough
 EXACT = {"rate": 0.0, "share": 0.5, "budget": 0.5, None: None}
 
 
-def steps(contestant: str, suite: str, **more: Any) -> list[Record]:
-    values = more.pop("values", [EXACT[CONTESTANTS[contestant].knob]])
-    request = Request("steps", contestant, suite, values, steps=1, warmup=0, inner="aot_eager", layers=2, **more)
+def steps(method: str, suite: str, **more: Any) -> list[Record]:
+    values = more.pop("values", [EXACT[METHODS[method].knob]])
+    request = Request("steps", method, suite, values, steps=1, warmup=0, inner="aot_eager", layers=2, **more)
     return list(measure(request))
 
 
@@ -70,7 +70,7 @@ def test_four_bit_weights_are_close_and_linear_in_them_is_exact() -> None:
     torch.testing.assert_close(torch.autograd.grad(four_bit_linear(x, packed, scales), x, grad), wanted)
 
 
-def test_every_contestant_gets_the_same_patterns() -> None:
+def test_every_method_gets_the_same_patterns() -> None:
     one, other = Patterns(8), Patterns(8)
     one.choose(0.5)
     drawn = [one.draw() for _ in range(5)]
@@ -100,7 +100,7 @@ def test_what_is_held_at_the_peak() -> None:
     assert everything[hidden] > 2 * first_alone[hidden]
 
 
-# ---- contestants -----------------------------------------------------------------------------------------------------
+# ---- methods -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def eager_losses() -> list[float]:
     return steps("eager", "tiny")[0]["losses"]
 
 
-@pytest.mark.parametrize("contestant", [name for name in CONTESTANTS if name not in ("eager", "forward alone")])
-def test_a_contestant_that_drops_nothing_trains_as_eager_does(contestant: str, eager_losses: list[float]) -> None:
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("eager", "forward alone")])
+def test_a_method_that_drops_nothing_trains_as_eager_does(method: str, eager_losses: list[float]) -> None:
     """The second loss is after an optimizer step, so it tells of the gradients."""
-    record = steps(contestant, "tiny")[0]
+    record = steps(method, "tiny")[0]
     assert "error" not in record, record
     assert record["losses"] == pytest.approx(eager_losses, rel=1e-5)
     assert record["step_ms"] > 0
@@ -151,9 +151,9 @@ def synthetic() -> Run:
     """Figures chosen so that ratios are easy to see: a forward of 30 ms, a backward of 60, an optimizer of 10."""
     common = {"suite": "8b-lora", "loss_function": "fused", "layers": 32, "batch": 2, "tokens": 64}
 
-    def step(contestant: str, knob: str | None, value: float | None, ms: float, gib: float) -> Record:
+    def step(method: str, knob: str | None, value: float | None, ms: float, gib: float) -> Record:
         figures = {"step_ms": ms, "synchronized_ms": ms, "host_ms": 1.0, "activation_gib": gib, "losses": [1.0, 1.0]}
-        return {"measurement": "steps", "contestant": contestant, "knob": knob, "value": value, "first_step_s": 1.0,
+        return {"measurement": "steps", "method": method, "knob": knob, "value": value, "first_step_s": 1.0,
                 **common, **figures}  # fmt: skip
 
     records = [
@@ -165,9 +165,9 @@ def synthetic() -> Run:
         step("dropbp_fx", "rate", 0.0, 99.0, 10.0),
         step("dropbp_fx", "rate", 0.5, 70.0, 5.5),
         step("dropbp_fx", "rate", 0.875, 50.0, 0.9),
-        {**common, "measurement": "optimizer", "contestant": "torch.compile", "knob": None, "value": None,
+        {**common, "measurement": "optimizer", "method": "torch.compile", "knob": None, "value": None,
          "optimizer_ms": 10.0},
-        {**common, "measurement": "steps", "contestant": "memory budget", "knob": None, "value": None, "error": "Full."},
+        {**common, "measurement": "steps", "method": "memory budget", "knob": None, "value": None, "error": "Full."},
     ]  # fmt: skip
     return Run("python -m benchmarks run 8b-lora", "a machine", {"torch": "2.11"}, "abc", "now", records)
 
@@ -183,14 +183,14 @@ def test_targets_are_ratios_of_one_runs_figures(tmp_path: Path) -> None:
     assert memory == ["0.090", "<= 0.08", "missed"]
     assert rows["step at .875 / checkpointing's with no less memory"][1:] == ["0.385", "<= 0.40", "met"]
     ours = synthetic()
-    ours.records = [dict(r, contestant="dropbp_fx, budget 0") if r["value"] == 0.875 else r for r in ours.records]
+    ours.records = [dict(r, method="dropbp_fx, budget 0") if r["value"] == 0.875 else r for r in ours.records]
     assert "8b-lora, 32 layers, fused loss, budget 0, 50.0 against 100.0 ms" in targets.table([ours])
     assert rows["tokens a second at .875 / eager's, 8B LoRA"][1:] == ["3.000", ">= 2.60", "met"]
     assert rows["step at .875 / memory budget's with no less memory"][1:] == ["", "<= 0.40", "not measured"]
     lengths = synthetic()
     common = {key: lengths.records[0][key] for key in ("suite", "loss_function", "layers", "batch")} | {"cap_gib": 80.0}
     lengths.records = [
-        {**common, "measurement": "length", "contestant": name, "knob": None, "value": value, "tokens": n, "fits": fits}
+        {**common, "measurement": "length", "method": name, "knob": None, "value": value, "tokens": n, "fits": fits}
         for name, value, n, fits in [
             ("torch.compile", None, 10, True), ("torch.compile", None, 11, False),
             ("dropbp_fx, budget 0", 0.875, 105, True), ("dropbp_fx, budget 0", 0.5, 999, True),
@@ -198,8 +198,8 @@ def test_targets_are_ratios_of_one_runs_figures(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "80 GiB: 105 against 10 tokens | 10.500     | >= 10.00 | met" in targets.table([lengths])
     apart = [synthetic(), synthetic()]
-    apart[0].records = [r for r in apart[0].records if r["contestant"] == "dropbp_fx"]
-    apart[1].records = [r for r in apart[1].records if r["contestant"] != "dropbp_fx"]
+    apart[0].records = [r for r in apart[0].records if r["method"] == "dropbp_fx"]
+    apart[1].records = [r for r in apart[1].records if r["method"] != "dropbp_fx"]
     assert "| met" not in targets.table(apart)  # figures of two runs make no ratio
 
 
@@ -240,17 +240,15 @@ def test_the_pages_tables_are_those_of_the_files(tmp_path: Path) -> None:
 def test_a_run_writes_a_file_that_compare_and_plot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "results.json", tmp_path / "plot.svg"
     options = ["--steps", "1", "--warmup", "0", "--device", "cpu", "--inner", "aot_eager", "--layers", "2"]
-    main(["run", "tiny", "--contestants", "eager", "dropbp_fx", "--rates", "0.5", *options, "--out", str(out)])
+    main(["run", "tiny", "--methods", "eager", "dropbp_fx", "--rates", "0.5", *options, "--out", str(out)])
     (run,) = load(out)
-    assert [(r["contestant"], r["measurement"]) for r in run.records] == [
+    assert [(r["method"], r["measurement"]) for r in run.records] == [
         ("eager", "steps"), ("eager", "optimizer"), ("dropbp_fx", "steps"),
     ]  # fmt: skip
     assert run.machine
     assert run.commit
     assert run.versions["torch"] == str(torch.__version__)
-    main(
-        ["run", "tiny", "--contestants", "eager", "--device", "cpu", "--time-limit", "0", "--out", str(out), "--append"]
-    )
+    main(["run", "tiny", "--methods", "eager", "--device", "cpu", "--time-limit", "0", "--out", str(out), "--append"])
     first, second = load(out)
     assert first.records == run.records
     assert "time limit" in second.records[0]["error"]
@@ -265,9 +263,9 @@ def test_a_run_writes_a_file_that_compare_and_plot_read(tmp_path: Path, capsys: 
     assert "dropbp_fx" in picture.read_text()
 
 
-def test_a_contestant_that_fails_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_method_that_fails_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    main(["run", "tiny", "--contestants", "eager", "--device", "cpu", "--batch", "-1", "--out", str(out)])
+    main(["run", "tiny", "--methods", "eager", "--device", "cpu", "--batch", "-1", "--out", str(out)])
     assert "status 1" in load(out)[0].records[0]["error"]
 
 
@@ -313,4 +311,4 @@ def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for command in ("run", "first-step", "longest", "compare", "plot"):
         assert command in shown
-    assert set(DEFAULT) <= set(CONTESTANTS)
+    assert set(DEFAULT) <= set(METHODS)

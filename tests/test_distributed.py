@@ -298,9 +298,9 @@ def ddp_that_was_not_told_of_missing_gradients(rank: int, folder: Path) -> None:
 
 
 def measurements_of_the_benchmark(rank: int, folder: Path) -> None:
-    def measured(kind: str, contestant: str, engine: str, value: float) -> Record:
+    def measured(kind: str, method: str, engine: str, value: float) -> Record:
         sizes = {"layers": 1, "inner": "aot_eager", "steps": 1, "warmup": 1, "train_steps": 4}
-        request = DistributedRequest(f"distributed {kind}", contestant, "tiny", [value], engine=engine, **sizes)
+        request = DistributedRequest(f"distributed {kind}", method, "tiny", [value], engine=engine, **sizes)
         torch._dynamo.reset()
         (record,) = measure(request)
         assert "error" not in record, record

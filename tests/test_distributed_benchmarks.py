@@ -23,9 +23,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "experiments" / "distributed.md"
 PLAIN = Fabric(node=4, inside_gb_s=1000.0, between_gb_s=100.0, efficiency=1.0, inside_us=0.0, between_us=0.0)
 
 
-def record(contestant: str, value: float | None, ms: float, *, gradients: float = 4e9, **more: Any) -> Record:
+def record(method: str, value: float | None, ms: float, *, gradients: float = 4e9, **more: Any) -> Record:
     return {
-        "measurement": "distributed steps", "suite": "1b", "contestant": contestant, "loss_function": "plain", "layers": 3,
+        "measurement": "distributed steps", "suite": "1b", "method": method, "loss_function": "plain", "layers": 3,
         "batch": 4, "tokens": 64, "knob": None, "value": value, "engine": "ddp", "processes": 2, "compile": "whole",
         "losses": [1.0, 1.0], "step_ms": ms, "host_ms": 5.0, "activation_gib": 1.0, "peak_gib": 2.0,
         "gradient_bytes": gradients, "gathered_bytes": 0, **more,
@@ -115,9 +115,9 @@ def test_a_projected_step_lies_between_hiding_all_that_is_added_and_none() -> No
 
 
 def test_what_is_kept_of_a_speed_up_compares_with_one_device() -> None:
-    def alone(contestant: str, value: float | None, ms: float, **more: Any) -> Record:
+    def alone(method: str, value: float | None, ms: float, **more: Any) -> Record:
         figures = {"measurement": "steps", "first_step_s": 1.0, "synchronized_ms": ms}
-        return {**record(contestant, value, ms), **figures, **more}
+        return {**record(method, value, ms), **figures, **more}
 
     two = run_of(
         record("torch.compile", None, 120.0),

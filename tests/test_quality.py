@@ -1,4 +1,4 @@
-"""The harness for learning quality: its data, its contestants, its arithmetic, on tiny models."""
+"""The harness for learning quality: its data, its methods, its arithmetic, on tiny models."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from benchmarks.pages import filled
 from benchmarks.processes import ROOT
 from benchmarks.quality import corpora, pictures, report, statistics
 from benchmarks.quality.attempts import Attempt, Setting
+from benchmarks.quality.baselines import KeepRows, Skipping
 from benchmarks.quality.corpora import Batches
 from benchmarks.quality.dropping import Engine
 from benchmarks.quality.endurance import endure
 from benchmarks.quality.frontier import Frontier, Result, results
 from benchmarks.quality.methods import methods
 from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
-from benchmarks.quality.rivals import KeepRows, Skipping
 from benchmarks.quality.tasks import Task, Workshop, cosine, make_optimizer, set_learning_rate
 from benchmarks.quality.training import Plan, run
 from benchmarks.results import ResultsFile, Run, load, load_records
@@ -100,11 +100,11 @@ def test_batches_show_every_window_once_an_epoch_in_an_order_of_the_seed() -> No
         Batches(text, tokens=10, batch=11, seed=0)
 
 
-# ---- contestants -----------------------------------------------------------------------------------------------------
+# ---- methods -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["none", "checkpointing", "accumulation"])
-def test_exact_contestants_have_exact_gradients(workshop: Workshop, name: str) -> None:
+def test_exact_methods_have_exact_gradients(workshop: Workshop, name: str) -> None:
     model, attempt = attempt_of(workshop, name)
     ids = ids_of(workshop)
     loss = attempt.training_loss(ids)
@@ -473,9 +473,9 @@ def test_the_frontier_gives_losses_of_times_and_times_of_losses() -> None:
     assert [uneven.time(loss) for loss in (0.7, 0.1, 0.03)] == pytest.approx([0.65, 0.8, 1.0])
 
 
-def record_of(contestant: str, lr: float, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+def record_of(method: str, lr: float, seed: int, loss: float, **more: Any) -> dict[str, Any]:
     common = {"measurement": "quality", "task": "t", "rate": 0.5, "share": 1.0, "steps": 10, "step_ms": 7.0}
-    return {**common, "contestant": contestant, "lr": lr, "seed": seed, "eval_loss": loss, "activation_gib": 1.0,
+    return {**common, "method": method, "lr": lr, "seed": seed, "eval_loss": loss, "activation_gib": 1.0,
             "flops_share": 0.6, **more}  # fmt: skip
 
 
@@ -486,7 +486,7 @@ def test_results_are_those_of_the_learning_rate_that_the_first_seed_chose() -> N
         record_of("window", 2.0, 0, 2.2),
         record_of("window", 2.0, 1, 2.4),
         record_of("window", 1.0, 1, 1.0),
-        {"measurement": "quality", "task": "t", "contestant": "window", "error": "x"},
+        {"measurement": "quality", "task": "t", "method": "window", "error": "x"},
     ]
     none, window = results(records)
     assert (none.loss, none.time, none.memory) == (2.0, 1.0, 1.0)
@@ -570,7 +570,7 @@ def test_what_would_be_another_task_or_corpus_is_refused() -> None:
         corpora._folders("sympy", "nowhere_to_be_found")
 
 
-def test_the_rival_of_equal_memory_recomputes_as_many_layers_as_it_takes() -> None:
+def test_the_baseline_of_equal_memory_recomputes_as_many_layers_as_it_takes() -> None:
     recomputing = Result("checkpointing", 0.0, 0.1, 1.0, (2.0,), 0.13, 0.25, 13.0, 0.1)
     assert report.slower_at(0.25, recomputing) == pytest.approx(1.3)
     assert report.slower_at(0.625, recomputing) == pytest.approx(1.15)
@@ -600,8 +600,8 @@ def test_tables_go_by_time_or_by_flops_for_each_size() -> None:
     assert (window["step, ms"], window["FLOPs"], window["time"]) == ("7.0", "0.600", "0.700")
     assert float(window["gap, equal time"]) == pytest.approx(2.5 - 2.6)
     # Half of the layers recomputed: 1.125 times as long a step.
-    rival = 3 - (0.7 / 1.125 - 0.5) / 0.5
-    assert float(window["gap, equal time and memory"]) == pytest.approx(2.5 - rival, abs=1e-3)
+    baseline = 3 - (0.7 / 1.125 - 0.5) / 0.5
+    assert float(window["gap, equal time and memory"]) == pytest.approx(2.5 - baseline, abs=1e-3)
     gaps = slice(cells(timed)[0].index("gap, equal time"), cells(timed)[0].index("baseline's time"))
     bounds = {row[0]: row[gaps] for row in cells(timed)}
     assert bounds["suffix"] == ["0.000", "< -0.100"]  # half of the layers recomputed take too long
@@ -623,7 +623,7 @@ def test_the_command_writes_records_and_prints_gaps(
 ) -> None:
     out = tmp_path / "quality.json"
     common = ["quality", "--size", "tiny", "--inner", "aot_eager", "--device", "cpu", "--folder", str(workshop._folder)]
-    main([*common, "--tunings", "lora", "--shifts", "mild", "--contestants", "none", "checkpointing", "window",
+    main([*common, "--tunings", "lora", "--shifts", "mild", "--methods", "none", "checkpointing", "window",
           "--shares", "1", "0.5", "--lrs", "2e-3", "--out", str(out)])  # fmt: skip
     (first,) = load(out)
     assert [record["measurement"] for record in first.records] == ["quality before", *["quality"] * 4]
@@ -634,7 +634,7 @@ def test_the_command_writes_records_and_prints_gaps(
     assert capsys.readouterr().out.strip() == printed.strip()
     main(["quality", "--list"])
     assert "DropBP as published" in capsys.readouterr().out
-    main([*common, "--tunings", "full", "--shifts", "mild", "--contestants", "window", "--statistics", "--steps", "2"])
+    main([*common, "--tunings", "full", "--shifts", "mild", "--methods", "window", "--statistics", "--steps", "2"])
     assert "added variance" in capsys.readouterr().out
 
 
@@ -686,7 +686,7 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
     records = [
         {
             **common,
-            "contestant": name,
+            "method": name,
             "rate": rate,
             "share": share,
             "steps": round(100 * share),
@@ -701,7 +701,7 @@ def test_losses_are_drawn_against_time(tmp_path: Path) -> None:
     text = (tmp_path / "q.svg").read_text()
     assert all(f">{word}<" in text for word in ("a task", "baseline", "window", "0.5", "FLOPs of the run"))
     assert "checkpointing" not in text
-    with pytest.raises(ValueError, match="no task has a run of the contestant 'none' with all of its steps"):
+    with pytest.raises(ValueError, match="no task has a run of the method 'none' with all of its steps"):
         pictures.draw(records[4:], tmp_path / "q.svg", by_flops=["mini"])
 
 

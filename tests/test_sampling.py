@@ -140,7 +140,7 @@ def test_the_order_of_units_carries_no_structure() -> None:
     assert attention[0] + attention[12] == 0, "all of one kind at once has a chance of 1 in 1.35 million"
 
 
-def test_neighbours_are_dropped_together_as_often_as_distant_units() -> None:
+def test_other_libraries_are_dropped_together_as_often_as_distant_units() -> None:
     patterns = samples(units_of([0.5] * 12), 20_000)
     together = Counter(pair for pattern in patterns for pair in itertools.combinations(sorted(pattern), 2))
     chance = 6 * 5 / (12 * 11)

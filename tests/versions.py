@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RELEASES = ("2.11", "2.13", "2.15")
 #: What leans on private parts of PyTorch.
 CORE = (
-    *("prune", "compiling", "training", "checkpointing", "per_layer", "neighbours", "calibration", "policy"),
+    *("prune", "compiling", "training", "checkpointing", "per_layer", "other_libraries", "calibration", "policy"),
     "private_hooks",
 )
 

@@ -1,4 +1,4 @@
-"""What a contestant is at work: an :class:`Attempt` at training one model, exact ones first."""
+"""What a method is at work: an :class:`Attempt` at training one model, exact ones first."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from benchmarks.quality.tasks import LORA_RANK, SHIFTS, SIZES, TUNINGS, Task, Wo
 from benchmarks.quality.training import Plan, before_tuning, run
 from benchmarks.results import ResultsFile, Run, load_records
 
-#: Learning rates that every contestant is tuned over, by tuning.
+#: Learning rates that every method is tuned over, by tuning.
 _RATES = {"full": (1.5e-4, 3e-4, 6e-4), "lora": (1e-3, 2e-3, 4e-3)}
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="mini")
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=["mild", "strong"])
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
-    parser.add_argument("--contestants", nargs="+", choices=methods(), metavar="NAME",
+    parser.add_argument("--methods", nargs="+", choices=methods(), metavar="NAME",
                         default=["none", "checkpointing", "random", "sensitivity", "window", "window, ramp"],
                         help=f"of {', '.join(map(repr, methods()))}")  # fmt: skip
     parser.add_argument("--rates", nargs="+", type=float, default=[0.5])
@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--endurance",
         action="store_true",
-        help="one long run a contestant (--steps), watched, and resumed from its middle, instead of trainings",
+        help="one long run a method (--steps), watched, and resumed from its middle, instead of trainings",
     )
     parser.add_argument("--by-flops", nargs="*", choices=SIZES, metavar="SIZE", help="let FLOPs stand for time, of these "
                         "sizes or of all; right where several runs shared a device, or the host was the limit")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="only print what the contestants are")
+    parser.add_argument("--list", action="store_true", help="only print what the methods are")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only print the tables of these files")
     parser.add_argument(
         "--page", type=Path, help="with --report: put the tables into this page instead of printing them"
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(chosen: argparse.Namespace) -> None:
     """Run what was asked for and print the tables."""
     if chosen.list:
-        print(report.contestants())
+        print(report.listed())
         return
     by_flops = () if chosen.by_flops is None else chosen.by_flops or tuple(SIZES)
     if chosen.report:
@@ -93,22 +93,22 @@ def main(chosen: argparse.Namespace) -> None:
     ]
     file.add(before_tuning(workshop, tasks))
     if chosen.statistics:
-        contestants = list(itertools.product(chosen.contestants, chosen.rates))
+        settings = list(itertools.product(chosen.methods, chosen.rates))
         for task in tasks:
             lr = (chosen.lrs or _RATES[task.tuning])[0]
-            for record in statistics.measure(workshop, task, contestants, learning_rate=lr):
+            for record in statistics.measure(workshop, task, settings, learning_rate=lr):
                 _keep(file, record)
         report.show(file.run.records)
         return
     if chosen.endurance:
-        for task, name, rate in itertools.product(tasks, chosen.contestants, chosen.rates):
+        for task, name, rate in itertools.product(tasks, chosen.methods, chosen.rates):
             lr = (chosen.lrs or _RATES[task.tuning])[0]
             for record in endurance.endure(workshop, task, name, rate, learning_rate=lr):
                 _keep(file, record)
         report.show(file.run.records)
         return
     plans = [(task, plan) for task in tasks for plan in _plans(chosen, task)]
-    for task, plan in (progress := tqdm(plans, unit="contestant")):
+    for task, plan in (progress := tqdm(plans, unit="method")):
         progress.set_postfix_str(f"{task.name}, {plan.method}")
         for record in run(workshop, task, plan):
             _keep(file, record)
@@ -122,13 +122,13 @@ def main(chosen: argparse.Namespace) -> None:
 def _keep(file: ResultsFile, record: Record) -> None:
     """Write a record down at once, and tell about a failure."""
     if "error" in record:
-        tqdm.write(f"{record['contestant']} failed: {record['error']}", file=sys.stderr)
+        tqdm.write(f"{record['method']} failed: {record['error']}", file=sys.stderr)
     file.add([record])
 
 
 def _plans(chosen: argparse.Namespace, task: Task) -> Iterator[Plan]:
     lrs = tuple(chosen.lrs or _RATES[task.tuning])
-    for name in chosen.contestants:
+    for name in chosen.methods:
         if name == "none":
             yield from (Plan(name, 0.0, share, lrs, chosen.seeds) for share in chosen.shares)
         elif name in EXACT:  # only time and memory are wanted

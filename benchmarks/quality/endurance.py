@@ -34,7 +34,7 @@ def endure(workshop: Workshop, task: Task, name: str, rate: float, *, learning_r
     common: Record = {
         "measurement": "quality endurance",
         **task.conditions,
-        "contestant": name,
+        "method": name,
         "rate": rate,
         "lr": learning_rate,
         "steps": steps,

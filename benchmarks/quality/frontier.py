@@ -18,7 +18,7 @@ _SAME_TIME = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A contestant's runs at its best learning rate.
+    """A method's runs at its best learning rate.
 
     Attributes:
         losses: held-out losses, one a seed: the mean of its runs, should there be several.
@@ -29,7 +29,7 @@ class Result:
         flops: of a run, as a share of those of "none".
     """
 
-    contestant: str
+    method: str
     rate: float
     share: float
     lr: float
@@ -98,14 +98,14 @@ def results_by_task(records: Sequence[Record], *, by_flops: Container[str] = ())
 
 
 def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result]:
-    """Of one task: for each contestant the runs at the learning rate that was best with the first seed.
+    """Of one task: for each method the runs at the learning rate that was best with the first seed.
 
     Args:
         records: of any kind; those of trainings count. Measured times compare within one "machine" only.
         by_flops: let FLOPs stand for time. On a CPU, whose small models are limited by the host, they always do.
     """
     good = [record for record in records if record["measurement"] == "quality" and "error" not in record]
-    baseline = [r for r in good if r["contestant"] == "none" and r["share"] == 1.0]
+    baseline = [r for r in good if r["method"] == "none" and r["share"] == 1.0]
     if not baseline:
         return []
     step_ms = {
@@ -116,8 +116,8 @@ def results(records: Sequence[Record], *, by_flops: bool = False) -> list[Result
     memory = statistics.median(record["activation_gib"] for record in baseline)
     timed = memory > 0 and not by_flops
     found = []
-    for key in dict.fromkeys((r["contestant"], r["rate"], r["share"]) for r in good):
-        mine = [r for r in good if (r["contestant"], r["rate"], r["share"]) == key]
+    for key in dict.fromkeys((r["method"], r["rate"], r["share"]) for r in good):
+        mine = [r for r in good if (r["method"], r["rate"], r["share"]) == key]
         tuning = [r for r in mine if r["seed"] == 0]
         if not tuning:
             continue

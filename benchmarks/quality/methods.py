@@ -1,4 +1,4 @@
-"""The contestants, by name. A contestant's rate is its own measure of what it leaves out; what that saves is measured."""
+"""The methods, by name. A method's rate is its own measure of what it leaves out; what that saves is measured."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
+from benchmarks.quality.baselines import Freezing, NestedBatch, Selective, Skipping, SmallerBatch, Tokens
 from benchmarks.quality.dropping import Engine, FreezeOut
 from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
-from benchmarks.quality.rivals import Freezing, NestedBatch, Selective, Skipping, SmallerBatch, Tokens
 from dropbp_fx.policy.patterns import LowestPattern, RandomPattern, WindowPattern
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A contestant.
+    """A method.
 
     Attributes:
         make: from a model and a setting.
@@ -38,7 +38,7 @@ def _engine(about: str, **arguments: Any) -> Method:
 
 
 def methods() -> dict[str, Method]:
-    """All contestants by name."""
+    """All methods by name."""
     window = {"pattern": "window"}
     return {
         "none": Method(Attempt, "torch.compile, nothing dropped"),

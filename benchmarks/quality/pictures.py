@@ -24,16 +24,16 @@ def draw(records: Sequence[Record], path: Path, *, by_flops: Container[str] = ()
         ValueError: the records hold no task with runs of "none".
     """
     tasks = [
-        (task, [result for result in found if result.contestant not in EXACT and result.time is not None])
+        (task, [result for result in found if result.method not in EXACT and result.time is not None])
         for task, found in results_by_task(records, by_flops=by_flops)
     ]
     if not tasks:
-        raise ValueError("There is nothing to draw: no task has a run of the contestant 'none' with all of its steps.")
-    styles = styles_of(result.contestant for _, found in tasks for result in found if result.contestant != "none")
+        raise ValueError("There is nothing to draw: no task has a run of the method 'none' with all of its steps.")
+    styles = styles_of(result.method for _, found in tasks for result in found if result.method != "none")
     with figure(path, len(tasks)) as axes:
         for axis, (task, found) in zip(axes, tasks, strict=True):
             for name in ("none", *styles):
-                mine = sorted((result for result in found if result.contestant == name), key=lambda r: r.time or 0.0)
+                mine = sorted((result for result in found if result.method == name), key=lambda r: r.time or 0.0)
                 if mine:
                     colour, marker = styles.get(name, (INK, "o"))
                     _line(axis, name, mine, colour, marker)

@@ -13,7 +13,7 @@ from benchmarks.quality.methods import EXACT, methods
 
 _HEADERS = ("method", "rate", "lr", "loss", "sd", "step, ms", "FLOPs", "time", "gap, equal time",
             "gap, equal time and memory", "baseline's time", "memory")  # fmt: skip
-#: The contestant that nothing is dropped of, and what tables call it.
+#: The method that nothing is dropped of, and what tables call it.
 _BASELINE = {"none": "baseline"}
 #: Of a long run's parts, one in so many is shown, and the last.
 _PARTS_SHOWN = 5
@@ -50,10 +50,10 @@ def _losses(found: Sequence[Result]) -> str:
     as_they_are = [index for index, number in enumerate(known) if any(isinstance(row[number], str) for row in rows)]
     text = tabulate(table, headers, tablefmt="github", floatfmt=".3f", disable_numparse=as_they_are)
     steps = [
-        f"A step of {result.contestant} takes {result.time / result.share:.3f} of the baseline's time and "
+        f"A step of {result.method} takes {result.time / result.share:.3f} of the baseline's time and "
         f"{result.memory:.3f} of its memory."
         for result in found
-        if result.contestant in EXACT and result.memory is not None and result.time is not None
+        if result.method in EXACT and result.memory is not None and result.time is not None
     ]
     return "\n\n".join([text, *steps])
 
@@ -77,16 +77,16 @@ def _rows(found: Sequence[Result]) -> list[list[object]]:
     recomputed as bring its memory down to the method's, so that it can take fewer steps. "baseline's time" is what the
     baseline takes to the method's loss.
     """
-    frontier = Frontier(result for result in found if result.contestant in _BASELINE)
-    recomputing = next((result for result in found if result.contestant == "checkpointing"), None)
-    shown = [result for result in found if result.contestant not in EXACT]
-    shown.sort(key=lambda result: -result.share if result.contestant in _BASELINE else 0.0)
+    frontier = Frontier(result for result in found if result.method in _BASELINE)
+    recomputing = next((result for result in found if result.method == "checkpointing"), None)
+    shown = [result for result in found if result.method not in EXACT]
+    shown.sort(key=lambda result: -result.share if result.method in _BASELINE else 0.0)
     return [_row(result, frontier, recomputing) for result in shown]
 
 
 def _row(result: Result, frontier: Frontier, recomputing: Result | None) -> list[object]:
-    baseline = result.contestant in _BASELINE  # it has no rate, and no gap to itself
-    name = _BASELINE.get(result.contestant, result.contestant)
+    baseline = result.method in _BASELINE  # it has no rate, and no gap to itself
+    name = _BASELINE.get(result.method, result.method)
     name = name if result.share == 1.0 else f"{name}, {result.share:.0%} of the steps"
     slower = recomputing and slower_at(result.memory, recomputing)
     return [
@@ -131,9 +131,9 @@ def _long_runs(records: Sequence[Record]) -> dict[str, str]:
     """What a long run looked like, every fifth of its parts, and whether resuming it changed anything."""
     mine = [record for record in records if record["measurement"] == "quality endurance"]
     found = {}
-    for key in dict.fromkeys((record["task"], record["contestant"], record["rate"]) for record in mine):
-        task, contestant, rate = key
-        rows = [record for record in mine if (record["task"], record["contestant"], record["rate"]) == key]
+    for key in dict.fromkeys((record["task"], record["method"], record["rate"]) for record in mine):
+        task, method, rate = key
+        rows = [record for record in mine if (record["task"], record["method"], record["rate"]) == key]
         names = ("part", "loss", "largest_loss", "asked", "realised", "memory_mib", "variants", "graphs")
         parts = [record for record in rows if "part" in record]
         shown = [*parts[::_PARTS_SHOWN], *parts[-1:]]
@@ -144,13 +144,13 @@ def _long_runs(records: Sequence[Record]) -> dict[str, str]:
                 same = [name for name in ("same_losses", "same_drops", "same_parameters") if record[name]]
                 told = ", ".join(name.removeprefix("same_") for name in same) or "nothing"
                 text += f"\n\nResumed from the middle, the same bit for bit: {told}."
-        found[f"endurance: {task}, {contestant}, rate {rate:g}, {rows[0]['steps']} steps"] = text
+        found[f"endurance: {task}, {method}, rate {rate:g}, {rows[0]['steps']} steps"] = text
     return found
 
 
 def _statistics(records: Sequence[Record]) -> dict[str, str]:
     """For each task and point, how far gradients are from exact ones, over all layers."""
-    keys = ("point", "contestant", "rate")
+    keys = ("point", "method", "rate")
     good = [r for r in records if r["measurement"] == "quality statistics" and "error" not in r and r["part"] != "rest"]
     headers = [
         "point",
@@ -185,6 +185,6 @@ def _over_layers(mine: Sequence[Record]) -> list[float | None]:
     return [mean("sampling_variance"), mean("bias", 2) ** 0.5, mean("added_variance"), mean("cosine"), kept]
 
 
-def contestants() -> str:
-    """A table of all contestants."""
-    return tabulate([(name, method.about) for name, method in methods().items()], ["contestant", "what"], "github")
+def listed() -> str:
+    """A table of all methods."""
+    return tabulate([(name, method.about) for name, method in methods().items()], ["method", "what"], "github")

@@ -21,7 +21,7 @@ _ASIDE = 104729
 def measure(
     workshop: Workshop,
     task: Task,
-    contestants: Sequence[tuple[str, float]],
+    settings: Sequence[tuple[str, float]],
     *,
     learning_rate: float,
     points: Sequence[float] = (0.0, 0.5, 1.0),
@@ -53,11 +53,11 @@ def measure(
         run = torch.compile(model, backend=workshop.inner, dynamic=False)
         workshop.train(run, optimizer, data, range(done, round(point * steps)), steps, learning_rate)
         done = round(point * steps)
-        for name, rate in contestants:
+        for name, rate in settings:
             common: Record = {
                 "measurement": "quality statistics",
                 **task.conditions,
-                "contestant": name,
+                "method": name,
                 "rate": rate,
                 "point": point,
             }

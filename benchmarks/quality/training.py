@@ -34,12 +34,12 @@ class DivergedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One contestant's runs on a task.
+    """One method's runs on a task.
 
     Attributes:
         method: a name of ``methods()``.
         rate: the method's.
-        share: of the task's steps; contestants that leave out nothing can spend less time this way.
+        share: of the task's steps; methods that leave out nothing can spend less time this way.
         lrs: peak learning rates to choose from with the first seed. Where the best is the first or the last of them, a
             half or twice of it is tried too, up to ``_EXTENSIONS`` times.
         seeds: runs with the learning rate that was best.
@@ -83,7 +83,7 @@ class _Runner:
         record: Record = {
             "measurement": "quality",
             **task.conditions,
-            "contestant": plan.method,
+            "method": plan.method,
             "rate": plan.rate,
             "share": plan.share,
             "steps": self._steps,

@@ -25,13 +25,13 @@ def _nothing() -> None:
 
 @dataclasses.dataclass
 class Training:
-    """One contestant at work on one model.
+    """One method at work on one model.
 
     Attributes:
-        loss: the loss of a batch of token ids; its backward is the contestant's.
+        loss: the loss of a batch of token ids; its backward is the method's.
         choose: sets the knob (drop rate, share of checkpointed layers, memory budget) from the next step on.
         compile_all: compiles whatever later steps may need, after the first step.
-        facts: figures of the contestant's own, for its records.
+        facts: figures of the method's own, for its records.
     """
 
     loss: Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
+class Method:
     """How to make a training, and what its knob is.
 
     Attributes:
@@ -55,7 +55,7 @@ class Contestant:
 
 
 class Patterns:
-    """Random patterns of exactly ``round(rate * branches)`` branches, the same for every contestant."""
+    """Random patterns of exactly ``round(rate * branches)`` branches, the same for every method."""
 
     def __init__(self, branches: int) -> None:
         self.branches = branches
@@ -295,20 +295,20 @@ def dropbp_layer_regions(model: Decoder, inner: str) -> Training:
     return dataclasses.replace(training, loss=patched)
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    "eager": Contestant(eager),
-    "torch.compile": Contestant(torch_compile),
-    "reference DropBP": Contestant(reference, "rate"),
-    "reference DropBP, torch.compile": Contestant(reference_compiled, "rate"),
-    "careful user, detach": Contestant(careful_detach, "rate"),
-    "careful user, no_grad": Contestant(careful_no_grad, "rate"),
-    "checkpointing": Contestant(checkpointing, "share", recompiles=True),
-    "memory budget": Contestant(memory_budget, "budget", recompiles=True),
-    "dropbp_fx": Contestant(dropbp, "rate"),
-    "dropbp_fx, budget 0.7": Contestant(functools.partial(dropbp, activation_memory_budget=0.7), "rate"),
-    "dropbp_fx, budget 0": Contestant(functools.partial(dropbp, activation_memory_budget=0.0), "rate"),
-    "dropbp_fx, layer regions": Contestant(dropbp_layer_regions, "rate"),
-    "forward alone": Contestant(forward_alone),
+METHODS: dict[str, Method] = {
+    "eager": Method(eager),
+    "torch.compile": Method(torch_compile),
+    "reference DropBP": Method(reference, "rate"),
+    "reference DropBP, torch.compile": Method(reference_compiled, "rate"),
+    "careful user, detach": Method(careful_detach, "rate"),
+    "careful user, no_grad": Method(careful_no_grad, "rate"),
+    "checkpointing": Method(checkpointing, "share", recompiles=True),
+    "memory budget": Method(memory_budget, "budget", recompiles=True),
+    "dropbp_fx": Method(dropbp, "rate"),
+    "dropbp_fx, budget 0.7": Method(functools.partial(dropbp, activation_memory_budget=0.7), "rate"),
+    "dropbp_fx, budget 0": Method(functools.partial(dropbp, activation_memory_budget=0.0), "rate"),
+    "dropbp_fx, layer regions": Method(dropbp_layer_regions, "rate"),
+    "forward alone": Method(forward_alone),
 }
 #: What a run measures unless told otherwise: the most telling first, because a run may meet its time limit. Reference
 #: DropBP under torch.compile compiles again and again before it gives up, so it is run on request.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import compiled_parts
+from benchmarks.methods import compiled_parts
 from benchmarks.models import Decoder, Linear
 from benchmarks.quality.attempts import Attempt, NextBatch, Setting, count_flops
 from dropbp_fx.distributed import parameter_groups
@@ -195,7 +195,7 @@ class Tokens(Attempt):
 
 
 class SmallerBatch(Attempt):
-    """1 - rate of the windows of each batch; where steps matter more than what they are taken on, a strong rival."""
+    """1 - rate of the windows of each batch; where steps matter more than what they are taken on, a strong baseline."""
 
     def loss(self, ids: Tensor) -> Tensor:
         return self.run(ids[: max(round((1 - self.setting.rate) * len(ids)), 1)])
