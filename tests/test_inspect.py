@@ -183,7 +183,7 @@ class TestFigures:
         explanation = explain_llama(4, pattern=first_layers)
         assert explanation._patterns(0.5) == (frozenset({0, 1, 2, 3}),) * 32
         assert explanation.predict(0.5).saved_bytes == explanation.cost_of([0, 1, 2, 3]).saved_bytes
-        assert "mean over draws of the pattern 'first_layers'" in " ".join(str(explanation).split())
+        assert "mean over samples of the pattern 'first_layers'" in " ".join(str(explanation).split())
         window = explain_llama(4, pattern="window")
         assert window.pattern == "window"
         for dropped in window._patterns(0.5):

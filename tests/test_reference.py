@@ -108,3 +108,14 @@ def test_pages_named_in_the_code_exist() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             for name in re.findall(r"docs/[\w/-]+\.(?:md|svg)\b", path.read_text()):
                 assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"],
+    ids=lambda page: page.name,
+)
+def test_the_files_that_a_page_names_are_there(page: Path) -> None:
+    named = set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*\.py)`", page.read_text()))
+    bases = (ROOT, ROOT / "dropbp_fx", ROOT / "dropbp_fx" / "graph", ROOT / "dropbp_fx" / "_torch", ROOT / "examples")
+    assert [name for name in sorted(named) if not any((base / name).exists() for base in bases)] == []

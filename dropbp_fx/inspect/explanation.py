@@ -27,7 +27,7 @@ class Explanation(Findings):
         granularity: "branch" or "layer": what is dropped as a whole.
         rate: the drop rate of the backend that was explained.
         inner: the inner compiler for which saved bytes are predicted.
-        pattern: the pattern of the backend that was explained, whose draws predictions are means over.
+        pattern: the pattern of the backend that was explained, whose samples predictions are means over.
         parameters: elements of all parameters of the model; ``None`` for a live backend.
         trainable_parameters: those of them that require a gradient.
         graphs: how many training graphs Dynamo makes of the model.

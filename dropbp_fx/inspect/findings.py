@@ -97,9 +97,9 @@ class Findings:
         return total
 
     def predict(self, rate: float) -> Prediction:
-        """What a step costs when every branch is dropped at ``rate``: the mean over draws of the backend's pattern.
+        """What a step costs when every branch is dropped at ``rate``: the mean over samples of the backend's pattern.
 
-        The draws are the same for every call. The variants of the regions are traced when the first prediction is
+        The samples are the same for every call. The variants of the regions are traced when the first prediction is
         made (seconds), later ones are quick.
 
         Raises:

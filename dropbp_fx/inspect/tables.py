@@ -89,7 +89,7 @@ def footnote(findings: Findings) -> str:
     return (
         "FLOPs: matrix products, convolutions and attention; backward FLOPs are what dropping the branch saves. Saved: "
         "bytes held for the backward, branch kept / dropped. Step cost: forward and backward FLOPs against rate 0, "
-        f"without the optimizer; mean over draws of the pattern {findings.pattern!r} (granularity "
+        f"without the optimizer; mean over samples of the pattern {findings.pattern!r} (granularity "
         f"{findings.granularity!r}, inner {findings.inner!r})."
     )
 
