@@ -1,4 +1,4 @@
-"""The benchmarks, for correctness: small twins of their suites, without generated code."""
+"""The benchmarks, for correctness: small copies of their suites, without generated code."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_method_that_drops_nothing_trains_as_eager_does(method: str, eager_los
 
 
 @pytest.mark.parametrize("suite", ["tiny-lora", "tiny-qlora", "tiny-gpt2", "tiny-long"])
-def test_every_suites_twin_runs_with_the_fused_loss_and_saves_memory(suite: str) -> None:
+def test_every_suites_copy_runs_with_the_fused_loss_and_saves_memory(suite: str) -> None:
     expected = steps("eager", suite)[0]["losses"]
     exact, dropping = steps("dropbp_fx", suite, loss="fused", values=[0.0, 0.5])
     assert exact.get("losses") == pytest.approx(expected, rel=1e-5), exact

@@ -425,13 +425,13 @@ def test_an_unused_backend_whose_rate_was_changed_equals_none_of_the_old_rate() 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_copies_share_policy_and_equal_the_original(duplicate: Callable[[DropBPBackend], DropBPBackend]) -> None:
     original = dropbp_backend(0.5, seed=0)
-    twin = duplicate(original)
-    assert twin is not original
-    assert twin == original
-    assert hash(twin) == hash(original)
+    copied = duplicate(original)
+    assert copied is not original
+    assert copied == original
+    assert hash(copied) == hash(original)
     original.rate = 0.1
-    assert twin.rate == 0.1
-    assert twin.__name__ == original.__name__
+    assert copied.rate == 0.1
+    assert copied.__name__ == original.__name__
     nested = duplicate({"backend": original})["backend"]
     assert nested == original
 
@@ -439,13 +439,13 @@ def test_copies_share_policy_and_equal_the_original(duplicate: Callable[[DropBPB
 @pytest.mark.parametrize("arguments", DIFFERENT, ids=lambda arguments: "-".join(arguments))
 def test_a_pickled_unused_backend_is_an_equal_and_independent_one(arguments: dict[str, Any]) -> None:
     original = make_backend(**arguments)
-    twin = pickle.loads(pickle.dumps(original))
-    assert twin == original
-    assert hash(twin) == hash(original)
-    assert repr(twin) == repr(original)
-    assert twin.state_dict() == original.state_dict()
+    copied = pickle.loads(pickle.dumps(original))
+    assert copied == original
+    assert hash(copied) == hash(original)
+    assert repr(copied) == repr(original)
+    assert copied.state_dict() == original.state_dict()
     original.rate = 0.125
-    assert twin.rate == arguments.get("rate", 0.5)
+    assert copied.rate == arguments.get("rate", 0.5)
 
 
 def test_a_pickled_backend_keeps_a_rate_that_was_changed() -> None:

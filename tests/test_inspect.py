@@ -283,8 +283,8 @@ class TestNothingIsTouched:
         from dropbp_fx import _torch
         from dropbp_fx.inspect.capture import fake_copy
 
-        twin = fake_copy(Tied(), _torch.new_fake_mode())
-        assert twin.blocks[2][0].weight is twin.blocks[0][0].weight  # type: ignore[index]
+        copied = fake_copy(Tied(), _torch.new_fake_mode())
+        assert copied.blocks[2][0].weight is copied.blocks[0][0].weight  # type: ignore[index]
         assert len(explain(Tied(), X).branches) == 3
 
 

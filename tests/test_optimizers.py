@@ -49,7 +49,7 @@ def assert_trains_equally(
     recipe: Recipe, around: Callable[[], Any] = contextlib.nullcontext, **tolerance: float
 ) -> None:
     model, backend, run = compiled_mlp()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     before = copy.deepcopy(model)
 
     def dropping(number: int) -> Tensor:
@@ -57,12 +57,12 @@ def assert_trains_equally(
             return batch_loss(run, number)
 
     def detaching(number: int) -> Tensor:
-        with detached(twin, [POINTS[index] for index in PATTERNS[number]]), around():
-            return batch_loss(twin, number)
+        with detached(copied, [POINTS[index] for index in PATTERNS[number]]), around():
+            return batch_loss(copied, number)
 
-    actual, expected = recipe(model, dropping), recipe(twin, detaching)
+    actual, expected = recipe(model, dropping), recipe(copied, detaching)
     close = {"rtol": 1e-4, "atol": 1e-6, **tolerance}
-    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), **close)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(copied.named_parameters()), **close)
     torch.testing.assert_close(actual, expected, **close)
     for name, parameter in before.named_parameters():
         assert not torch.equal(parameter, model.get_parameter(name)), f"{name} was not trained"
@@ -262,25 +262,25 @@ def test_adam_counts_for_each_parameter_the_steps_it_took() -> None:
 def test_full_fine_tuning_of_a_llama() -> None:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)).train()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend)
     patterns = [[0, 3], [1, 2], [], [3], [0, 1, 2]]
     points = list(LLAMA_LIKE.values())
     with backend.disabled():
         run(input_ids=IDS, labels=IDS)
-    for trained, forward in ((model, run), (twin, twin)):
+    for trained, forward in ((model, run), (copied, copied)):
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         for number, pattern in enumerate(patterns):
             ids = (IDS + number) % 64
-            context = backend.pinned(pattern) if trained is model else detached(twin, [points[i] for i in pattern])
+            context = backend.pinned(pattern) if trained is model else detached(copied, [points[i] for i in pattern])
             optimizer.zero_grad()
             with context:
                 loss = forward(input_ids=ids, labels=ids).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
-    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(copied.named_parameters()), rtol=1e-4, atol=1e-6)
 
 
 def test_a_compiled_step_that_is_compiled_for_each_pattern_is_warned_of_once() -> None:

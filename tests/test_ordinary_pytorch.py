@@ -650,9 +650,9 @@ def test_a_deep_copy_of_a_compiled_model_trains_its_own_parameters() -> None:
     run = torch.compile(model, backend=backend)
     run(torch.randn(4, WIDTH)).sum().backward()
     model.zero_grad()
-    twin = copy.deepcopy(run)
+    copied = copy.deepcopy(run)
     with backend.pinned([1]):
-        actual = step(twin._orig_mod, twin, True)
+        actual = step(copied._orig_mod, copied, True)
     with detached(model, ["branches.1"]):
         expected = step(model, model, True)
     model.zero_grad()

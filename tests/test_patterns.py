@@ -165,11 +165,11 @@ def test_nothing_to_draw_from(pattern: Pattern) -> None:
 @every_pattern
 def test_patterns_are_values(pattern: Pattern) -> None:
     assert frequencies(pattern, MODELS["wild"])  # what it remembers is no part of its value
-    twin = pickle.loads(pickle.dumps(pattern))
-    assert twin == pattern
-    assert hash(twin) == hash(pattern)
-    assert repr(twin) == repr(pattern)
-    assert samples(twin, MODELS["wild"], 5) == samples(pattern, MODELS["wild"], 5)
+    copied = pickle.loads(pickle.dumps(pattern))
+    assert copied == pattern
+    assert hash(copied) == hash(pattern)
+    assert repr(copied) == repr(pattern)
+    assert samples(copied, MODELS["wild"], 5) == samples(pattern, MODELS["wild"], 5)
     assert [other for other in PATTERNS.values() if other == pattern] == [pattern]
 
 

@@ -179,16 +179,16 @@ def trained_steps(model: nn.Module, run: Any, drop: Callable[[int], Any], steps:
 def test_lora_with_dropout_learns_what_the_detached_eager_model_learns() -> None:
     config = lora(target_modules="all-linear", lora_dropout=0.1)
     model = peft.get_peft_model(llama(), config)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend)
     with backend.disabled():
         seeded_loss(run)
     patterns = [[0, 3], [1], [2, 3]]
     losses = trained_steps(model, run, lambda step: backend.pinned(patterns[step]))
-    expected = trained_steps(twin, twin, lambda step: detached(twin, [BRANCHES[i] for i in patterns[step]]))
+    expected = trained_steps(copied, copied, lambda step: detached(copied, [BRANCHES[i] for i in patterns[step]]))
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(list(model.parameters()), list(copied.parameters()), rtol=1e-4, atol=1e-5)
 
 
 def is_a_linear_layer_of_the_decoder(module: nn.Module, name: str) -> bool:

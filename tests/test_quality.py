@@ -294,14 +294,16 @@ def test_coasting_takes_the_step_that_adamw_would_take_if_its_moments_stayed(wor
         for p, value in before.items():
             assert p.grad is None
             if p in optimizer.state:
-                state, twin = optimizer.state[p], value.clone().requires_grad_()
-                twin.grad = torch.zeros_like(twin)  # with moments that a zero gradient would turn into the present ones
-                other = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0, betas=optimizer.defaults["betas"])
+                state, copied = optimizer.state[p], value.clone().requires_grad_()
+                copied.grad = torch.zeros_like(
+                    copied
+                )  # with moments that a zero gradient would turn into the present ones
+                other = torch.optim.AdamW([copied], lr=1e-3, weight_decay=0.0, betas=optimizer.defaults["betas"])
                 beta1, beta2 = optimizer.defaults["betas"]
                 moments = {"exp_avg": state["exp_avg"] / beta1, "exp_avg_sq": state["exp_avg_sq"] / beta2}
-                other.state[twin] = {"step": state["step"] - 1, **moments}
+                other.state[copied] = {"step": state["step"] - 1, **moments}
                 other.step()
-                torch.testing.assert_close(p.detach(), twin.detach())
+                torch.testing.assert_close(p.detach(), copied.detach())
                 coasted += not torch.equal(p, value)
             else:
                 assert torch.equal(p, value)

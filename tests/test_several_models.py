@@ -125,8 +125,8 @@ def test_a_model_built_anew_takes_the_names_over() -> None:
 def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
     model, backend, run = make()
     step(model, backend, run)
-    twin = copy.deepcopy(model)
-    step(twin, backend, torch.compile(twin, backend=backend))
+    copied = copy.deepcopy(model)
+    step(copied, backend, torch.compile(copied, backend=backend))
     assert [branch.name for branch in backend.branches] == NAMES + second(NAMES)
 
 

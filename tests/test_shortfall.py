@@ -463,9 +463,9 @@ def test_a_backend_may_be_collected_while_an_optimizer_goes_through_its_hooks() 
 def test_the_first_graph_ends_the_watch_over_steps() -> None:
     before = watched_steps()
     model, backend = blocks(), backend_of()
-    twin = copy.deepcopy(backend)
+    copied = copy.deepcopy(backend)
     assert watched_steps() == before + 1
-    loss(torch.compile(model, backend=twin)).backward()
+    loss(torch.compile(model, backend=copied)).backward()
     assert watched_steps() == before
 
 

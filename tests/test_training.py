@@ -207,10 +207,10 @@ def test_a_state_of_another_model_is_refused() -> None:
 
 def test_a_deep_copy_stays_under_the_original_handle() -> None:
     model, backend, _ = make()
-    twin = copy.deepcopy(backend)
-    assert twin == backend
-    assert hash(twin) == hash(backend)
-    run = torch.compile(model, backend=twin)
+    copied = copy.deepcopy(backend)
+    assert copied == backend
+    assert hash(copied) == hash(backend)
+    run = torch.compile(model, backend=copied)
     with backend.pinned([1]):
         assert_equal(compiled(model, square_loss, run), eager(model, square_loss, POINTS[1:2]))
     assert backend.stats.forwards == 1

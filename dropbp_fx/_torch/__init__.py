@@ -20,7 +20,7 @@ from dropbp_fx._torch.autograd import (
 )
 from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
-    Compiler,
+    CompileFunction,
     JointPass,
     activation_memory_budget,
     compile_with_aot_autograd,
@@ -99,8 +99,8 @@ __all__ = [
     "BoxedCode",
     "Callers",
     "CheckpointCall",
+    "CompileFunction",
     "Compiled",
-    "Compiler",
     "FlatCode",
     "GraphBreak",
     "Hook",

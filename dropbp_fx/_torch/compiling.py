@@ -24,7 +24,7 @@ from torch import fx
 from dropbp_fx._torch.flat_code import Capture, Compiled
 
 #: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
-Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+CompileFunction = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 #: A rewrite of a joint forward/backward graph, in place.
@@ -110,8 +110,8 @@ def compile_with_aot_autograd(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     *,
-    forward: Compiler,
-    backward: Compiler,
+    forward: CompileFunction,
+    backward: CompileFunction,
     joint_pass: JointPass | None,
 ) -> Compiled:
     """Compile ``gm`` with AOTAutograd and a pair of compilers for its forward and its backward graph."""

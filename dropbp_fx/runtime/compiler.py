@@ -14,7 +14,7 @@ from torch import fx
 from dropbp_fx import _torch
 from dropbp_fx.graph.prune import prune_cache_key, prune_pass
 
-InnerCompiler = Literal["inductor", "aot_eager"] | tuple[_torch.Compiler, _torch.Compiler]
+InnerCompiler = Literal["inductor", "aot_eager"] | tuple[_torch.CompileFunction, _torch.CompileFunction]
 
 
 @dataclasses.dataclass

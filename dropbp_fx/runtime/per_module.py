@@ -33,7 +33,7 @@ class IdentifyingParameters:
 
 
 class PerModule(Generic[T]):
-    """What belongs to each module that a graph serves, such as its policy.
+    """What belongs to each module that a graph serves, such as what samples its patterns.
 
     Args:
         identifying: where the modules' parameters are among the arguments; if there are none, all modules are one.
