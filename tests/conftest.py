@@ -16,6 +16,22 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
 
 
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look at what imports have made: half a million objects, at every tenth test or so."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _guards_not_timed() -> Iterator[None]:
+    """Dynamo times the guards of whatever it compiles, for its statistics, with the processor's caches flushed first: a
+    tenth of the time that a small model takes to compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_backends_left_over() -> Iterator[None]:
     """What watches for a backend does so while it lives, be it only in a reference cycle."""
