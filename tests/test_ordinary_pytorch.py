@@ -22,14 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from dropbp_fx import NoResidualBranchWarning, dropbp_backend
 from tests.helpers import make_backend
 from tests.oracle import detached
+from tests.selection import sweep
 
 WIDTH = 8
 PATTERNS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (2,), (0, 2), (1, 2), (0, 1))
-
-
-def sweep(cases: Sequence[Any], quick: Collection[Any]) -> list[Any]:
-    """All ``cases``, those that are not among ``quick`` marked as thorough."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
 
 
 class Branch(nn.Module):
