@@ -16,6 +16,11 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_default_device(config.getoption("--device"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long starts first: a worker that starts it last would end long after the others."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None and item.get_closest_marker("inductor") is None)
+
+
 def pytest_collection_finish() -> None:
     """The garbage collector need not look at what imports have made: half a million objects, at every tenth test or so."""
     gc.collect()

@@ -9,8 +9,8 @@ import pytest
 
 
 def sweep(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """All ``cases``, those that are not among ``quick`` marked as thorough."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
+    """All ``cases``, those that are not among ``quick`` marked as thorough. A tuple is a case of several arguments."""
+    return [case if case in quick else thorough(*(case if isinstance(case, tuple) else (case,))) for case in cases]
 
 
 def thorough(*values: Any) -> Any:
