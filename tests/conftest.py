@@ -13,7 +13,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_default_device(config.getoption("--device"))
+    if config.getoption("--device") != "cpu":  # a default device is a mode that every call goes through, also while tracing
+        torch.set_default_device(config.getoption("--device"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
