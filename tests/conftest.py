@@ -17,7 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest puts handlers on loggers that do not propagate. On this one they would mean that somebody reads PyTorch's
     # structured trace: every graph of every test would be printed, and every artifact of this package made.
     logging.getLogger("torch.__trace").propagate = True
-    if config.getoption("--device") != "cpu":  # a default device is a mode that every call goes through, also while tracing
+    if (
+        config.getoption("--device") != "cpu"
+    ):  # a default device is a mode that every call goes through, also while tracing
         torch.set_default_device(config.getoption("--device"))
 
 

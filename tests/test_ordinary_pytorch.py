@@ -299,6 +299,12 @@ def test_a_forward_may_change_its_input_and_buffers_in_place(
     compare(program, requires_grad, plain=program is not learned_write)  # there plain saves what it then overwrites
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """It is a mode that every call goes through, also while Dynamo traces."""
+    with torch.device(torch.get_default_device()):
+        compare(stream, True)
+
+
 # ---- hooks on tensors ------------------------------------------------------------------------------------------------
 
 
