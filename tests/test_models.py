@@ -124,7 +124,6 @@ def test_gradients_agree_with_detach_under_inductor(case: Case) -> None:
     assert_exact(model, run, backend, case.loss, points, patterns=patterns, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.thorough
 def test_loss_outside_of_the_compiled_part() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))
     backend = dropbp_backend(inner="aot_eager")
@@ -170,7 +169,7 @@ def test_layers_below_the_first_trainable_one_are_never_drawn() -> None:
     assert backend.stats.realised_rate == 0.5
 
 
-@pytest.mark.parametrize("where", ["x += h", "h += x", thorough("x.add_(h)")])
+@pytest.mark.parametrize("where", ["x += h", "h += x", "x.add_(h)"])
 def test_inplace_residual_adds(where: str) -> None:
     class InPlace(ResidualMLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -284,7 +283,6 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.thorough
 def test_autocast_around_the_call() -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))
     backend = dropbp_backend(inner="aot_eager")
