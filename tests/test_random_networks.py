@@ -152,6 +152,7 @@ def test_random_networks_agree_with_detach(**network: Any) -> None:
     check_network(**network)
 
 
+@pytest.mark.long
 @pytest.mark.thorough
 @examples(12)
 @networks
@@ -217,6 +218,7 @@ def test_below_the_first_kept_branch_the_stream_is_detached(**stack: Any) -> Non
     check_stack(**stack)
 
 
+@pytest.mark.long
 @pytest.mark.thorough
 @examples(12)
 @stacks
