@@ -96,7 +96,7 @@ class DropBPBackend:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The residual branches met so far, in execution order; empty before the first forward."""
+        """The residual branches found so far, in execution order; empty before the first forward."""
         return tuple(self._state.sampler.branches)
 
     @property
@@ -173,13 +173,13 @@ class DropBPBackend:
 
         Raises:
             TypeError: ``model`` is no module.
-            RuntimeError: branches have been met already, under names that they would then no longer have.
+            RuntimeError: branches have been found already, under names that they would then no longer have.
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"register() takes the model that the compiled layers belong to, not {shown(model)}.")
         if self._state.runners:
             raise RuntimeError(
-                f"This backend has met {len(self.branches)} branches already, and named them. Call register(model) before "
+                f"This backend has found {len(self.branches)} branches already, and named them. Call register(model) before "
                 "the first forward of a compiled layer."
             )
         self._state.modules.register(model)
@@ -332,7 +332,7 @@ class DropBPBackend:
 
         What came after that is forgotten: sensitivities, rates set by hand and observations too. Rate, progress and schedule
         are the state's. A function as the schedule cannot be saved: give the backend the same one before. Branches that
-        were met after the state was saved start anew where the state holds no branch, and do not fit it otherwise.
+        were found after the state was saved start anew where the state holds no branch, and do not fit it otherwise.
 
         Args:
             state: what ``state_dict()`` returned, perhaps read from a file.
@@ -357,7 +357,7 @@ class DropBPBackend:
     # ---- identity --------------------------------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
-        """Equal if either would do for the other: same state, or same configuration and neither has met a graph.
+        """Equal if either would do for the other: same state, or same configuration and neither has seen a graph.
 
         Dynamo reuses compiled code for a backend that equals the one it was compiled with. Were two used backends of
         one configuration equal, the second model would silently follow the first one's rates and pins.

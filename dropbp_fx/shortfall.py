@@ -52,7 +52,7 @@ class Shortfall:
         strict: raise instead of warning.
 
     Attributes:
-        breaks: the graph breaks met so far, in order.
+        breaks: the graph breaks found so far, in order.
     """
 
     def __init__(self, sampler: PatternSampler, listeners: list[Listener], *, strict: bool) -> None:

@@ -43,7 +43,7 @@ def explain(
 
     Raises:
         TypeError: ``model`` is neither a module nor a backend, or ``backend`` is no backend.
-        ValueError: a backend that has not met a model, or one with arguments.
+        ValueError: a backend that has not seen a model, or one with arguments.
         RuntimeError: the model cannot be traced on fake tensors.
     """
     if isinstance(model, DropBPBackend):
@@ -74,7 +74,7 @@ def _explain_live(backend: DropBPBackend) -> Explanation:
     captures = captures_of(backend)
     if not captures.graphs:
         raise ValueError(
-            "This backend has not met a training graph with residual branches, so there is nothing to explain. Run a "
+            "This backend has not seen a training graph with residual branches, so there is nothing to explain. Run a "
             "training forward of the compiled model first, or pass the model to explain()."
         )
     return _explained("backend", captures, rate=backend.rate, parameters=None, trainable=None)

@@ -187,7 +187,7 @@ class DropBPCallback(TrainerCallback):
         """Put the state where the Trainer's next checkpoint finds it."""
         if not self.backend.stats.graphs:
             raise RuntimeError(
-                "The model was trained for a step, and the backend of DropBPCallback has not met it: nothing is dropped. "
+                "The model was trained for a step, and the backend of DropBPCallback has not seen it: nothing is dropped. "
                 "Call model.compile(backend=backend) with this backend before making the Trainer."
             )
         _states(state)[_KEY] = self.state_dict()
