@@ -85,7 +85,7 @@ class Given:
             *(fact for fact in (self.dtype, self.training) if fact),
             f"rate {self.rate:g}",
             f"policy {self.policy}",
-            *((f"on {self.device}",) if self.device else ()),
+            *((f"device {self.device}",) if self.device else ()),
         )
 
     @property
