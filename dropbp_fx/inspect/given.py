@@ -50,7 +50,8 @@ class GivenInput:
         return len(self.shape) == 2 and self.dtype.startswith("int")
 
     def __str__(self) -> str:
-        return f"{self.name} {' x '.join(map(_size, self.shape)) or 'scalar'} {self.dtype}"
+        shape = " x ".join(map(_size, self.shape)) or "scalar"
+        return f"{self.name} ({shape} {self.dtype})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def given_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 def captured_inputs(graphs: Sequence[CapturedGraph]) -> tuple[GivenInput, ...]:
     """The tensors that the first of these graphs was called with, besides what belongs to modules."""
     given = next((graph.entered.given for graph in graphs if graph.entered.given), ())
-    return tuple(GivenInput.of(_DYNAMO_NAME.sub(r"\1", name), tensor) for name, tensor in given)
+    return tuple(GivenInput.of(_argument_name(name), tensor) for name, tensor in given)
 
 
 def describe_given(
@@ -144,6 +145,11 @@ def describe_given(
         device=", ".join(dict.fromkeys(_device(p.device) for p in parameters)),
         forwards=forwards,
     )
+
+
+def _argument_name(name: str) -> str:
+    name = _DYNAMO_NAME.sub(r"\1", name)
+    return f"argument {name}" if name.isdigit() else name
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -217,8 +223,6 @@ def _adapters(model: Any) -> list[str]:
 
 
 def _device(device: torch.device) -> str:
-    if device.type == "meta":
-        return "meta (sizes without data)"
     if device.type == "cuda" and torch.cuda.is_available():
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)

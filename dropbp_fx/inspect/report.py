@@ -109,7 +109,7 @@ def _settings(findings: Findings) -> dict[str, str]:
         "dropped": "single branches" if findings.granularity == "branch" else "all branches of a layer together",
         "pattern": findings.pattern,
         "inner compiler": findings.inner,
-        "graphs": f"{findings.graphs}, in {findings.regions} regions",
+        "graphs": f"{findings.graphs}, regions: {findings.regions}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
