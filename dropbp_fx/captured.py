@@ -6,6 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
+from torch import Tensor
+
 from dropbp_fx.graph.describe import BranchFacts
 from dropbp_fx.graph.naming import BranchName
 from dropbp_fx.graph.regions import RegionProgram
@@ -32,6 +34,7 @@ class EnteredBranches:
         training: whether its forwards are training ones, even if nothing in them is trained.
         idle: parameters of branches that would be dropped, were the model not in evaluation mode.
         undecided: those of a graph without branches in a model with graph breaks: other pieces may have some.
+        given: its inputs that belong to no module, by what Dynamo calls them: sizes and dtypes, no data.
     """
 
     branches: tuple[Branch, ...]
@@ -45,6 +48,7 @@ class EnteredBranches:
     training: bool
     idle: Leaves = ()
     undecided: Leaves = ()
+    given: tuple[tuple[str, Tensor], ...] = ()
 
     def presence_of(self, own: Sequence[Branch], arguments: Sequence[object]) -> Presence:
         """What the graph says of its branches in another module, where they are ``own``.

@@ -99,6 +99,7 @@ def enter_branches(
         parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
         training=training,
         idle=leaves_of(idle),
+        given=tuple((node.name, example_value(node)) for node in placeholders if _is_given(owners, node)),
     )
 
 
@@ -204,6 +205,11 @@ def _is_trained(value: object) -> bool:
 def _is_own(owners: Owners, node: fx.Node) -> bool:
     """Whether a graph input that a branch reads is its own, rather than what an earlier graph hands over: the stream."""
     return node in owners or isinstance(example_value(node), nn.Parameter)
+
+
+def _is_given(owners: Owners, node: fx.Node) -> bool:
+    """Whether a graph input is a tensor that is no module's."""
+    return isinstance(example_value(node), Tensor) and not _is_own(owners, node)
 
 
 def _requires_gradient(gm: fx.GraphModule) -> bool:

@@ -76,7 +76,7 @@ def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
     branches = tuple(sampler.branches)
     droppable = sum(branch.droppable for branch in branches)
     return {
-        "policy": _policy(config.policy),
+        "policy": policy_text(config.policy),
         "rate": f"{sampler.rated.rate:g} asked for, "
         + (
             f"{sampler.branches.realised_rate():.3g} realised in {_counted(sampler.forwards, 'training forward')}"
@@ -92,7 +92,7 @@ def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
     }
 
 
-def _policy(policy: DropPolicy) -> str:
+def policy_text(policy: DropPolicy) -> str:
     """Its name, and what of it is not as by default."""
     pattern = pattern_name(policy.resolved_pattern)
     schedule = policy.schedule if isinstance(policy.schedule, str) else type(policy.schedule).__name__

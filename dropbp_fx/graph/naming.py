@@ -45,6 +45,11 @@ class ModuleTree:
     def __init__(self) -> None:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+    @property
+    def outermost(self) -> list[nn.Module]:
+        """The modules met so far that are part of no other one, those that are still there."""
+        return list(self._roots)
+
     def roots_around(self, module: nn.Module) -> list[nn.Module]:
         """``module`` and the modules met before that hold it."""
         return [module, *(root for root in list(self._roots) if root is not module and module in set(root.modules()))]
