@@ -22,7 +22,7 @@ from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.rounds import checked_repeats
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_progress, checked_schedule
 from dropbp_fx.runtime.compiler import Compiler
-from dropbp_fx.sensitivity.calibration import calibrate
+from dropbp_fx.sensitivity.calibration import calibrate, check_call
 from dropbp_fx.sensitivity.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.state import BackendState
 from dropbp_fx.summary import BackendStats, as_html, as_text
@@ -282,7 +282,8 @@ class DropBPBackend:
                 gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
-        check_calibration(step, metric, batches, progress_bar)
+        check_calibration(step, metric, batches)
+        check_call(step, progress_bar)
         samples: list[Sensitivity] = []
         table, ranks = self._state.sampler.branches, self._state.sampler.ranks
 

@@ -117,7 +117,7 @@ class DropBPCallback(TrainerCallback):
                 )
             own = tuple(calibration_batches)
         count = calibration_batches if own is None else len(own)
-        check_calibration(_loss_of, metric, count, progress_bar=True)
+        check_calibration(_loss_of, metric, count)
         if schedule is not None:
             backend.schedule = schedule
         self.backend = backend

@@ -23,6 +23,7 @@ class CompiledStepWatch:
     def __init__(self, drops: Callable[[], bool]) -> None:
         self._drops = drops
         self._counts: dict[types.CodeType, int] = {}
+        self._said = False
         me = weakref.ref(self)
 
         def look(code: types.CodeType) -> None:
@@ -30,16 +31,15 @@ class CompiledStepWatch:
             if watch is not None:
                 watch.look(code)
 
-        self._handle = _torch.on_compiled(look)
-        weakref.finalize(self, self._handle.remove)
+        _torch.on_compiled(look)
 
     def look(self, code: types.CodeType) -> None:
         """Take note of code that Dynamo has compiled."""
-        if code.co_name != "step" or "optim" not in code.co_filename or not self._drops():
+        if self._said or code.co_name != "step" or "optim" not in code.co_filename or not self._drops():
             return
         self._counts[code] = self._counts.get(code, 0) + 1
         if self._counts[code] > _USUAL:
-            self._handle.remove()
+            self._said = True
             warnings.warn(
                 "A compiled optimizer step is being compiled anew for each pattern of missing gradients, and will run "
                 "eagerly once Dynamo's recompile limit is reached. Leave optimizer.step uncompiled and make the optimizer "

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tabulate import tabulate
 
-from dropbp_fx.values import LARGEST_COUNT, as_int, shown, takes
+from dropbp_fx.values import LARGEST_COUNT, as_int, shown
 
 Metric = Literal["gradnorm", "gradient"]
 
@@ -58,7 +58,7 @@ class Sensitivity:
         return cls(samples[0].names, values, samples[0].metric, batches)
 
 
-def check_calibration(step: Any, metric: Any, batches: Any, progress_bar: Any) -> None:
+def check_calibration(step: Any, metric: Any, batches: Any) -> None:
     """Refuse bad arguments of a calibration.
 
     Raises:
@@ -77,10 +77,3 @@ def check_calibration(step: Any, metric: Any, batches: Any, progress_bar: Any) -
         )
     if number > LARGEST_COUNT:
         raise ValueError(f"batches must be less than 2**63, not {shown(batches)}.")
-    if not takes(step):
-        raise TypeError(
-            f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
-            "lambda: loss_of(batch), say."
-        )
-    if not isinstance(progress_bar, bool):
-        raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
