@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from dropbp_fx._distributed.agreement import RankDisagreementError, checked_group
+from dropbp_fx._distributed.agreement import checked_group
 from dropbp_fx._distributed.ddp import all_reduce_present
 from dropbp_fx._distributed.sharded import (
     clip_grad_norm_,
@@ -16,7 +16,6 @@ from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.values import LARGEST_COUNT, as_float, as_int, shown
 
 __all__ = [
-    "RankDisagreementError",
     "agree_across",
     "all_reduce_present",
     "check_ranks",
