@@ -209,7 +209,7 @@ class Lowering:
         runner = RegionRunner(graph.planner, sources, below=graph.below)
         self.state.runners.append(runner)
         if self.state.step_watch is None:
-            self.state.step_watch = CompiledStepWatch(lambda: bool(sampler.branches.realised_rate()))
+            self.state.step_watch = CompiledStepWatch(sampler.branches.times_dropped)
         self.state.shortfall.watch_first_forwards()
         self.state.graphs.append(graph)
         if graph.program.has_symbols:
