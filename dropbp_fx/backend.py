@@ -84,6 +84,7 @@ class DropBPBackend:
         self._state.variants.clear()
         self._state.runners.clear()
         self._state.graphs.clear()
+        self._state.graph_memory.clear()
 
     # ---- the user's handle -----------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
+from dropbp_fx.runtime.device_graphs import GraphMemory
 from dropbp_fx.runtime.dispatch import PatternSource, RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.per_module import PerModule
@@ -192,6 +193,20 @@ class Lowering:
             variants.append(self.state.variants[key])
         return tuple(variants)
 
+    def _graph_memory(self, program: RegionProgram) -> GraphMemory | None:
+        """What the program's CUDA graphs share with those of others; ``None`` if it runs where there are none."""
+        devices = {value.device for value in program.examples if isinstance(value, Tensor)}
+        if len(devices) != 1:
+            return None
+        (device,) = devices
+        memory = self.state.graph_memory.get(device)
+        if memory is None:
+            capturing = _torch.graph_capture(device)
+            if capturing is None:
+                return None
+            memory = self.state.graph_memory[device] = GraphMemory(device, capturing)
+        return memory
+
     def runner(self, graph: CapturedGraph) -> RegionRunner:
         sampler = self.state.sampler
         graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
@@ -206,7 +221,8 @@ class Lowering:
             GraphPatterns(self.state, graph.indices, graph.below, graph.entered.presence),
             functools.partial(self._enter, graph),
         )
-        runner = RegionRunner(graph.planner, sources, below=graph.below)
+        memory = self._graph_memory(graph.program) if self.compiler.cuda_graphs else None
+        runner = RegionRunner(graph.planner, sources, below=graph.below, memory=memory)
         self.state.runners.append(runner)
         if self.state.step_watch is None:
             self.state.step_watch = CompiledStepWatch(sampler.branches.times_dropped)

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterator
 
+import torch
 from torch import nn
 
 from dropbp_fx import _torch
@@ -19,6 +20,7 @@ from dropbp_fx.policy.presence import Presence
 from dropbp_fx.policy.rates import Rates
 from dropbp_fx.policy.sampler import PatternSampler
 from dropbp_fx.runtime.compiler import CompileCounts
+from dropbp_fx.runtime.device_graphs import GraphMemory
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.recompute import SampledPattern
@@ -49,6 +51,7 @@ class BackendState:
         default_factory=weakref.WeakValueDictionary
     )
     step_watch: CompiledStepWatch | None = None
+    graph_memory: dict[torch.device, GraphMemory] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:

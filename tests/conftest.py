@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch.optim import optimizer
 
+from dropbp_fx import _torch
+from dropbp_fx.runtime.compiler import Compiler
+from tests.graphs import Replayed
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="run the tests on this device: cpu (default) or cuda")
+    parser.addoption(
+        "--graphs", action="store_true", help="regions run as CUDA graphs; on the CPU as a stand-in for them"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,6 +48,18 @@ def _guards_not_timed() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _graphs_wanted(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--graphs"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compiler, "cuda_graphs", True)
+        if request.config.getoption("--device") == "cpu":
+            patch.setattr(_torch, "graph_capture", lambda _device: Replayed())
         yield
 
 

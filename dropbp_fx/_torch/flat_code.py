@@ -31,10 +31,15 @@ class BoxedCode:
         self._call = code if getattr(code, "_boxed_call", False) else make_boxed_func(code)
         self._resolved = False
 
+    @property
+    def function(self) -> Any:
+        """What is called in the end."""
+        return getattr(self._call, "current_callable", None) or self._call
+
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
         made: Sequence[Any] = self._call(arguments)
         if not self._resolved:
-            self._call, self._resolved = getattr(self._call, "current_callable", None) or self._call, True
+            self._call, self._resolved = self.function, True
         return made
 
 
