@@ -58,14 +58,12 @@ class Sensitivity:
         return cls(samples[0].names, values, samples[0].metric, batches)
 
 
-def check_calibration(step: Any, metric: Any, batches: Any) -> None:
-    """Refuse bad arguments of a calibration.
+def check_calibration(metric: Any, batches: Any) -> None:
+    """Refuse what is no metric, and no number of batches.
 
     Raises:
         TypeError, ValueError: what is wrong, and what would do.
     """
-    if not callable(step):
-        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {shown(step)}.")
     if not isinstance(metric, str) or metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(map(repr, get_args(Metric)))}, not {shown(metric)}.")
     checked_count("batches", batches, least=1, meaning=": there is nothing to measure without a step")
