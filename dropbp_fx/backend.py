@@ -283,8 +283,8 @@ class DropBPBackend:
                 gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
-        check_calibration(step, metric, batches)
         check_call(step, progress_bar)
+        check_calibration(metric, batches)
         samples: list[Sensitivity] = []
         table, ranks = self._state.sampler.branches, self._state.sampler.ranks
 

@@ -52,11 +52,11 @@ def dropbp_backend(
         TypeError, ValueError: a bad value, before anything is compiled.
     """
     config = BackendConfig.checked(
-        rate,
+        rate=rate,
         policy=policy,
-        activation_memory_budget=activation_memory_budget,
         inner=inner,
         options=options,
+        activation_memory_budget=activation_memory_budget,
         seed=seed,
         strict=strict,
     )
@@ -80,16 +80,17 @@ def dropbp(
         TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
     """
     named = dict(options or {})
-    names = tuple(inspect.signature(dropbp_backend).parameters)
-    unknown = sorted(set(named) - set(names))
+    defaults = {name: own.default for name, own in inspect.signature(dropbp_backend).parameters.items()}
+    unknown = sorted(set(named) - set(defaults))
     if unknown:
         raise ValueError(
-            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(names)}. Options "
+            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(defaults)}. Options "
             "for Inductor go into the option named 'options'."
         )
     if isinstance(named.get("policy"), Mapping):
         named["policy"] = DropPolicy.from_fields(named["policy"])
-    config = BackendConfig.checked(**named)  # checked before anything is looked up: as keys, False and 0 are equal
+    # Checked before anything is looked up: as keys, False and 0 are equal.
+    config = BackendConfig.checked(**(defaults | named))
     backend = next((known for known in _named_backends if known._config == config), None)
     if backend is None:
         backend = DropBPBackend(config)

@@ -72,29 +72,29 @@ class Lowering:
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = enter_branches(self.state, gm, search.branches, quiet=whole)
-        entered, droppable = found.branches, found.droppable
-        found = dataclasses.replace(found, undecided=tuple(report_gaps(self.state, gm, search, quiet=whole)))
-        if not droppable and not whole:
-            return found
+        entered = enter_branches(self.state, gm, search.branches, quiet=whole)
+        entered = dataclasses.replace(entered, undecided=tuple(report_gaps(self.state, gm, search, quiet=whole)))
+        if not entered.droppable and not whole:
+            return entered
         facts = {
             branch.index: describe_branch(residual, parameters_of(residual))
-            for branch, residual in zip(entered, search.branches, strict=True)
+            for branch, residual in zip(entered.branches, search.branches, strict=True)
         }
-        branches = [search.branches[position] for position in droppable]
+        branches = [search.branches[position] for position in entered.droppable]
         gates = insert_gates(gm, branches, drop=self.config.policy.drop, rescale=self.config.policy.rescale)
         program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
-        names = [entered[position].name for position in droppable]
+        droppable = [entered.branches[position] for position in entered.droppable]
+        names = [branch.name for branch in droppable]
         variants = self._variants_of(program, names)
         if artifacts.wanted():
             self._show(gm, program, variants, names)
         graph = CapturedGraph(
             program=program,
             variants=variants,
-            indices=tuple(entered[position].index for position in droppable),
+            indices=tuple(branch.index for branch in droppable),
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
-            entered=found,
+            entered=entered,
             below=self.config.policy.drop == "below",
         )
         return self._with_ways_to_trainable_inputs(graph)
@@ -104,8 +104,8 @@ class Lowering:
         not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
         dropped, nothing would be left to train.
         """
-        entered = graph.entered
-        frozen = [k for k, index in enumerate(graph.indices) if index not in entered.presence.trainable]
+        before = graph.entered
+        frozen = [k for k, index in enumerate(graph.indices) if index not in before.presence.trainable]
         leading: set[int] = set()
         if frozen:
             everything = frozenset(range(len(graph.indices)))
@@ -113,13 +113,13 @@ class Lowering:
             for k in frozen:
                 alone = graph.planner.reached(everything - {k})
                 if any(inputs & ~known for inputs, known in zip(alone, without, strict=True)):
-                    leading.add(entered.droppable[k])
-        found = entered.with_trainable(leading)
-        if found.training:
-            self.state.sampler.present(found.presence, in_part=True)  # until its forward
-        if found is entered:
+                    leading.add(before.droppable[k])
+        entered = before.with_trainable(leading)
+        if entered.training:
+            self.state.sampler.present(entered.presence, in_part=True)  # until its forward
+        if entered is before:
             return graph
-        whole = dataclasses.replace(graph, entered=found)
+        whole = dataclasses.replace(graph, entered=entered)
         whole.__dict__["planner"] = graph.planner
         return whole
 

@@ -36,15 +36,15 @@ class BackendState:
     """What a backend and its deep copies share: its policy and the code it has compiled."""
 
     sampler: PatternSampler
-    counts: CompileCounts
-    variants: dict[Hashable, RegionVariants]
-    runners: list[RegionRunner]
-    graphs: list[CapturedGraph]
-    modules: ModuleTree
-    models: Models
     observer: Observer
     listeners: list[Listener]
     shortfall: Shortfall
+    counts: CompileCounts = dataclasses.field(default_factory=CompileCounts)
+    variants: dict[Hashable, RegionVariants] = dataclasses.field(default_factory=dict)
+    runners: list[RegionRunner] = dataclasses.field(default_factory=list)
+    graphs: list[CapturedGraph] = dataclasses.field(default_factory=list)
+    modules: ModuleTree = dataclasses.field(default_factory=ModuleTree)
+    models: Models = dataclasses.field(default_factory=Models)
     calibration: Calibration | None = None
     calibrating_thread: int = 0
     holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
@@ -71,18 +71,7 @@ class BackendState:
         )
         listeners: list[Listener] = []
         shortfall = Shortfall(sampler, listeners, strict=config.strict)
-        return cls(
-            sampler,
-            CompileCounts(),
-            {},
-            [],
-            [],
-            ModuleTree(),
-            Models(),
-            Observer(sampler, policy.reallocate_every),
-            listeners,
-            shortfall,
-        )
+        return cls(sampler, Observer(sampler, policy.reallocate_every), listeners, shortfall)
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:

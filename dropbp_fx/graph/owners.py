@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Models:
-    """Numbers models, from 1, in the order in which they were met.
+    """Numbers models, from 1, in the order in which they were first seen.
 
     A model is known by its modules: the outermost one of a compiled graph, and those around it that were running. They are
     held weakly. A new model takes the number of one that is no more, and the names of its branches with it.

@@ -117,7 +117,7 @@ class DropBPCallback(TrainerCallback):
                 )
             own = tuple(calibration_batches)
         count = calibration_batches if own is None else len(own)
-        check_calibration(_loss_of, metric, count)
+        check_calibration(metric, count)
         if schedule is not None:
             backend.schedule = schedule
         self.backend = backend

@@ -20,7 +20,7 @@ from dropbp_fx.policy.patterns import Pattern, PatternName, SampleFunction, know
 from dropbp_fx.policy.rates import Allocation, check_attainable
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_schedule
 from dropbp_fx.policy.units import Granularity
-from dropbp_fx.values import LARGEST_COUNT, Drop, as_int, checked_number, shown
+from dropbp_fx.values import Drop, checked_count, checked_number, shown
 
 PolicyName = Literal["dropbp", "freezing", "progressive_freezing"]
 #: The graphs have the same choices of their own (:mod:`dropbp_fx.graph.regions`): this room must not know theirs.
@@ -83,7 +83,9 @@ class DropPolicy:
         )
         rate, max_rate = checked_rate(self.rate), checked_max_rate(self.max_rate)
         check_attainable(rate, self.allocation, max_rate)
-        every = _checked_count("reallocate_every", self.reallocate_every)
+        every = self.reallocate_every
+        if every is not None:
+            every = checked_count("reallocate_every", every, least=1, of="forwards", or_none=True)
         if every is not None and self.allocation != "sensitivity":
             raise ValueError(
                 f"reallocate_every={every} re-allocates rates by a running estimate of sensitivities, which "
@@ -212,19 +214,6 @@ def _check_name(field: str, value: Any, names: Any, meaning: str) -> None:
     valid = get_args(names)
     if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, valid))}, not {shown(value)}: {meaning}.")
-
-
-def _checked_count(field: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    count = as_int(value)
-    if count is None:
-        raise TypeError(f"{field} must be a whole number of forwards or None, not {shown(value)}.")
-    if count < 1:
-        raise ValueError(f"{field} must be at least 1, not {shown(count)}.")
-    if count > LARGEST_COUNT:
-        raise ValueError(f"{field} must be less than 2**63, not {shown(count)}.")
-    return count
 
 
 def checked_max_rate(rate: Any) -> float:

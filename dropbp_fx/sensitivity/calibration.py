@@ -318,12 +318,14 @@ def calibrate(
             on_batch(found)
 
 
-def check_call(step: Callable[[], Tensor], progress_bar: object) -> None:
+def check_call(step: object, progress_bar: object) -> None:
     """Refuse a step that cannot be called, and what is no choice of a progress bar.
 
     Raises:
         TypeError: what is wrong, and what would do.
     """
+    if not callable(step):
+        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {shown(step)}.")
     if not takes(step):
         raise TypeError(
             f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
