@@ -42,7 +42,7 @@ class Holder(Protocol):
 #: A region is recorded upon at most this many slots; upon others it runs without a graph.
 RECORDINGS = 8
 #: Slots that no forward needed for this many forwards are given up.
-_FORWARDS_UNUSED = 256
+_FORWARDS_UNUSED = 64
 
 
 class Code:

@@ -27,11 +27,12 @@ class GraphedForward:
     @classmethod
     def begin(cls, graphs: DeviceGraphs, steps: Sequence[Step]) -> GraphedForward | None:
         """Have a forward use graphs, ``None`` while another one has the memory."""
-        if not graphs.free():
-            return None
-        forward = cls(graphs, graphs.slots_for(steps))
-        graphs.hold(forward)
-        return forward
+        with graphs.memory.lock:
+            if not graphs.free():
+                return None
+            forward = cls(graphs, graphs.slots_for(steps))
+            graphs.hold(forward)
+            return forward
 
     def __init__(self, graphs: DeviceGraphs, slots: dict[int, Slot]) -> None:
         self._graphs = graphs
