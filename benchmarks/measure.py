@@ -174,7 +174,7 @@ class TrainingRun:
     def own_bytes(self) -> int:
         """Bytes of weights, buffers and the optimizer's state."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        tensors = [*self.weights, *(value for value in states if isinstance(value, Tensor) and value.is_cuda)]
+        tensors = [*self.weights, *(value for value in states if isinstance(value, Tensor))]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def saved_gib(self) -> float:
