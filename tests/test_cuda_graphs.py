@@ -48,8 +48,12 @@ class Residual(nn.Module):
         return self.head(x)
 
 
+def batch(seed: int = 1) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(seed), device="cpu").to(where())
+
+
 def loss_of(run: Callable[[Tensor], Tensor], seed: int = 1) -> Tensor:
-    return run(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).to(where())).square().sum()
+    return run(batch(seed)).square().sum()
 
 
 def where() -> torch.device:
@@ -314,10 +318,12 @@ def test_other_threads_wait_for_their_turn(warm: tuple[Residual, DropBPBackend, 
     model, backend, run = warm
     results: list[list[Tensor | None]] = []
 
+    batches = {seed: batch(seed) for seed in range(1, 5)}  # a default device is each thread's own
+
     def train() -> None:
-        for seed in range(1, 5):
+        for seed, x in batches.items():
             parameters = list(model.parameters())
-            results.append([seed, *torch.autograd.grad(loss_of(run, seed), parameters)])  # type: ignore[list-item]
+            results.append([seed, *torch.autograd.grad(run(x).square().sum(), parameters)])  # type: ignore[list-item]
 
     backend.rate = 0.0
     threads = [threading.Thread(target=train) for _ in range(3)]

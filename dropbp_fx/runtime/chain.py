@@ -22,7 +22,6 @@ from torch import Tensor
 from dropbp_fx import _torch
 from dropbp_fx.runtime.copies import exact_copy
 from dropbp_fx.runtime.graphed import GraphedForward
-from dropbp_fx.runtime.placement import Layout
 from dropbp_fx.runtime.plan import Step
 from dropbp_fx.runtime.recorded import RecordedRegion
 from dropbp_fx.runtime.second_order import refusing_second_derivatives, way_to
@@ -45,7 +44,6 @@ class _ChainedStep:
         backward: that of its backward, ``None`` where it runs forward-only.
         unsafe_views: outputs that share memory with what its backward may need.
         tangents: outputs whose gradients its backward takes: position, slot, and what they look like.
-        taken: the same for CUDA graphs: slot, and what it looks like.
         undefined: tells which gradients exist where some of those do not, ``None`` where all of them always do.
         graded: for each gradient that the backward returns the slot it belongs to, ``None`` where there is none.
         passed: pairs (output slot, earlier slot) of a forward-only region: that output's gradient is that slot's.
@@ -60,7 +58,6 @@ class _ChainedStep:
     backward: _torch.BoxedCode | None
     unsafe_views: tuple[int, ...]
     tangents: tuple[tuple[int, int, _torch.TangentLike], ...]
-    taken: tuple[tuple[int, Layout], ...]
     undefined: UndefinedGradients | None
     graded: tuple[int | None, ...]
     passed: tuple[tuple[int, int], ...]
@@ -72,7 +69,7 @@ class Chain:
 
     Args:
         steps: consecutive steps of a plan, all with flat code.
-        needed: slots that are read after the last of them.
+        needed: slots that are read after the last of them (not kept).
     """
 
     def __init__(self, steps: Sequence[Step], needed: Collection[int]) -> None:
@@ -192,7 +189,7 @@ class Chain:
                     continue
                 if isinstance(kept, RecordedRegion):
                     if graphed is not None and not again and len(defined) == len(step.tangents):
-                        found = graphed.backward(step.step, kept, step.taken, step.graded, gradients)
+                        found = graphed.backward(step.step, kept, step.tangents, step.graded, gradients)
                         if found is not None:
                             for slot, gradient in found:
                                 _add(gradients, slot, gradient)
@@ -224,8 +221,9 @@ def _chained_step(step: Step) -> _ChainedStep:
     forward_only = step.forward_only or code.backward is None
     graded: list[int | None] = []
     if not forward_only:
-        with_gradient = set(code.graded)
-        graded = [slot if position in with_gradient else None for position, slot in enumerate(step.inputs)]
+        graded = [None] * len(step.inputs)
+        for position in code.graded:
+            graded[position] = step.inputs[position]
     tangents: tuple[tuple[int, int, _torch.TangentLike], ...] = ()
     if not forward_only:
         tangents = tuple((j, step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True))
@@ -238,7 +236,6 @@ def _chained_step(step: Step) -> _ChainedStep:
         backward=None if forward_only else code.backward,
         unsafe_views=code.unsafe_views,
         tangents=tangents,
-        taken=tuple((slot, Layout(like.size, like.stride, like.dtype)) for _, slot, like in tangents),
         undefined=step.undefined,
         graded=tuple(graded),
         passed=tuple((step.outputs[position], source) for position, source in step.passed),
@@ -254,18 +251,15 @@ def chained(steps: Sequence[Step], held_back: Sequence[int], returned: Collectio
         held_back: for each of them the bytes of its parameters' gradients.
         returned: slots that are read after the last step.
     """
-    needed_after: list[set[int]] = []
-    needed = set(returned)
-    for step in reversed(steps):
-        needed_after.append(set(needed))
-        needed.update(step.inputs)
-        needed.update(source for _, source in step.passed)
-    needed_after.reverse()
     parts: list[Chain | Step] = []
-    for first, last in _runs(steps, held_back):
+    needed = set(returned)
+    for first, last in reversed(list(_runs(steps, held_back))):
         mine = steps[first:last]
-        parts.append(Chain(mine, needed_after[last - 1]) if mine[0].flat is not None else mine[0])
-    return tuple(parts)
+        parts.append(Chain(mine, needed) if mine[0].flat is not None else mine[0])
+        for step in mine:
+            needed.update(step.inputs)
+            needed.update(source for _, source in step.passed)
+    return tuple(reversed(parts))
 
 
 def _runs(steps: Sequence[Step], held_back: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -164,7 +164,7 @@ class GraphedForward:
         self,
         step: Step,
         region: RecordedRegion,
-        tangents: Sequence[tuple[int, Layout]],
+        tangents: Sequence[tuple[int, int, _torch.TangentLike]],
         graded: Sequence[int | None],
         gradients: dict[int, Tensor],
     ) -> list[tuple[int, Tensor]] | None:
@@ -173,7 +173,7 @@ class GraphedForward:
         Args:
             step: the region's.
             region: its forward.
-            tangents: the slots whose gradients it takes and what those look like; all of them are in ``gradients``.
+            tangents: the gradients it takes: position of the output, slot, and what it looks like; all are in ``gradients``.
             graded: for each of its inputs the slot that its gradient belongs to, if it has one.
             gradients: by slot; those that it takes are taken out.
 
@@ -190,8 +190,8 @@ class GraphedForward:
             return None
         recorded = region.backward
         assert recorded is not None
-        given = [gradients.pop(slot) for slot, _ in tangents]
-        for k, ((slot, _), place) in enumerate(zip(tangents, recorded.tangents, strict=True)):
+        given = [gradients.pop(slot) for _, slot, _ in tangents]
+        for k, ((_, slot, _), place) in enumerate(zip(tangents, recorded.tangents, strict=True)):
             if self._resident.get(given[k].data_ptr()) == slot and given[k].data_ptr() != place.data_ptr():
                 given[k] = exact_copy(given[k])  # the buffer may be another tangent's
             if self._resident.get(place.data_ptr()) == slot:
@@ -213,13 +213,13 @@ class GraphedForward:
         step: Step,
         code: Code,
         region: RecordedRegion,
-        tangents: Sequence[tuple[int, Layout]],
+        tangents: Sequence[tuple[int, int, _torch.TangentLike]],
         graded: Sequence[int | None],
     ) -> bool:
         assert step.flat is not None
         assert step.flat.backward is not None
         buffers = self._graphs.gradients
-        places = [buffers.buffer(slot, layout) for slot, layout in tangents]
+        places = [buffers.buffer(slot, Layout(like.size, like.stride, like.dtype)) for _, slot, like in tangents]
         if len({id(place) for place in places}) < len(places):
             return False
         inputs = dict(region.moving)
