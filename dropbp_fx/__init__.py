@@ -21,6 +21,7 @@ from dropbp_fx.policy.patterns import (
     WindowPattern,
 )
 from dropbp_fx.policy.schedules import LateRamp, Ramp, Steps
+from dropbp_fx.runtime.device_graphs import CudaGraphsWarning
 from dropbp_fx.sensitivity.sensitivity import Sensitivity
 from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
 from dropbp_fx.summary import BackendStats
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendStats",
     "Branch",
+    "CudaGraphsWarning",
     "DropBPBackend",
     "DropPolicy",
     "Explanation",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
@@ -26,7 +28,7 @@ from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
-from dropbp_fx.runtime.device_graphs import GraphMemory
+from dropbp_fx.runtime.device_graphs import CudaGraphsWarning, GraphMemory, why_unusable
 from dropbp_fx.runtime.dispatch import PatternSource, RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.per_module import PerModule
@@ -194,18 +196,22 @@ class Lowering:
         return tuple(variants)
 
     def _graph_memory(self, program: RegionProgram) -> GraphMemory | None:
-        """What the program's CUDA graphs share with those of others; ``None`` if it runs where there are none."""
-        devices = {value.device for value in program.examples if isinstance(value, Tensor)}
-        if len(devices) != 1:
-            return None
-        (device,) = devices
+        """What the program's CUDA graphs share with those of others; ``None`` if it can have none."""
+        devices = [value.device for value in program.examples if isinstance(value, Tensor)]
+        device = max(devices, key=devices.count, default=torch.device("cpu"))
         memory = self.state.graph_memory.get(device)
         if memory is None:
             capturing = _torch.graph_capture(device)
             if capturing is None:
                 return None
             memory = self.state.graph_memory[device] = GraphMemory(device, capturing)
-        return memory
+        why = why_unusable(program, device)
+        if why is None:
+            return memory
+        warnings.warn(
+            f"A graph runs without the CUDA graphs that were asked for: {why}.", CudaGraphsWarning, stacklevel=2
+        )
+        return None
 
     def runner(self, graph: CapturedGraph) -> RegionRunner:
         sampler = self.state.sampler

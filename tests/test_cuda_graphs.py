@@ -7,7 +7,9 @@ runs every other test this way.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dropbp_fx import DropBPBackend, _torch, dropbp_backend
+from dropbp_fx import CudaGraphsWarning, DropBPBackend, _torch, dropbp_backend
 from dropbp_fx.runtime.device_graphs import DeviceGraphs
 from dropbp_fx.runtime.fixed_memory import matched
 from dropbp_fx.runtime.placement import copy_into, observe
@@ -45,6 +47,31 @@ class Residual(nn.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = x + block(x)
+        return self.head(x)
+
+
+class ResidualBlock(nn.Module):
+    """One block and its add."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class Stacked(nn.Module):
+    """The same model made of such blocks."""
+
+    def __init__(self, stem: nn.Module, blocks: nn.ModuleList, head: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = stem, blocks, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
         return self.head(x)
 
 
@@ -377,6 +404,7 @@ def test_symbolic_shapes_run_without_graphs(graphs: Replayed | None) -> None:
     model = Residual()
     backend = dropbp_backend(inner="aot_eager", seed=0)
     run = torch.compile(model, backend=backend, mode="reduce-overhead", dynamic=True)
+    warnings.simplefilter("ignore", CudaGraphsWarning)
     for rows in (4, 3, 5):
         with backend.pinned([1]):
             x = torch.linspace(-1, 1, rows * 8).reshape(rows, 8)
@@ -468,3 +496,71 @@ def test_where_the_results_of_code_lie_is_seen_in_its_first_run() -> None:
     kinds = [origin.kind for origin in placement.origins]
     assert kinds.count("allocation") >= 2
     assert all(placement.fills[k] for k, kind in enumerate(kinds) if kind == "allocation")
+
+
+# ---- what is said --------------------------------------------------------------------------------------------------------
+
+
+def test_the_backend_shows_what_was_recorded(warm: tuple[Residual, DropBPBackend, Any]) -> None:
+    model, backend, run = warm
+    for _ in range(20):
+        step(model, run, backend, [1])
+    assert backend.stats.recorded_cuda_graphs == recorded(backend) > 0
+    shown = repr(backend)
+    assert f"graphs on {where().type}" in shown
+    assert re.search(rf"{recorded(backend)} recorded, which ran 9\d.\d% of the branches' forwards", shown), shown
+
+
+def test_nothing_is_shown_of_graphs_that_nobody_asked_for() -> None:
+    backend = dropbp_backend(inner="aot_eager")
+    loss_of(torch.compile(Residual(), backend=backend))
+    assert "graphs on" not in repr(backend)
+    assert backend.stats.recorded_cuda_graphs == 0
+
+
+def test_symbolic_shapes_are_said_to_have_no_graphs(graphs: Replayed | None) -> None:
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(Residual(), backend=backend, mode="reduce-overhead", dynamic=True)
+    with pytest.warns(CudaGraphsWarning, match=r"shapes are symbolic.* Compile with dynamic=False"):
+        loss_of(run).backward()
+
+
+def test_a_graph_that_returns_all_hidden_states_is_said_to_have_no_graphs(graphs: Replayed | None) -> None:
+    class Chatty(Residual):
+        def forward(self, x: Tensor) -> Any:
+            states = [self.stem(x)]
+            for block in self.blocks:
+                states.append(states[-1] + block(states[-1]))
+            return states
+
+    backend = dropbp_backend(inner="aot_eager")
+    run = torch.compile(Chatty(), backend=backend, mode="reduce-overhead")
+    with pytest.warns(CudaGraphsWarning, match=r"each of its branches returns a value to the caller.* return the loss"):
+        run(batch())[-1].sum().backward()
+    assert backend.stats.recorded_cuda_graphs == 0
+
+
+def test_forwards_that_mostly_find_the_memory_in_use_are_said_to(
+    warm: tuple[Residual, DropBPBackend, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, backend, run = warm
+    (program,) = (runner._graphs for runner in backend._state.runners)
+    assert program is not None
+    monkeypatch.setattr("dropbp_fx.runtime.device_graphs._FORWARDS_WATCHED", program._forwards + 40)
+    losses = [loss_of(run) for _ in range(39)]
+    with pytest.warns(CudaGraphsWarning, match=r"of the first \d+ forwards .* Compile the whole model"):
+        losses.append(loss_of(run))
+
+
+def test_layers_compiled_one_by_one_are_exact(graphs: Replayed | None) -> None:
+    model = Residual()
+    layers = nn.ModuleList(ResidualBlock(block) for block in model.blocks)
+    whole = Stacked(model.stem, layers, model.head)
+    backend = dropbp_backend(inner="aot_eager", seed=0)
+    backend.register(whole)
+    for layer in layers:
+        layer.compile(backend=backend, mode="reduce-overhead")
+    points = [f"blocks.{index}.block" for index in range(DEPTH)]
+    with pytest.warns(CudaGraphsWarning, match="Compile the whole model"):
+        loss_of(whole).backward()
+    assert_exact(whole, whole, backend, loss_of, points, patterns=PATTERNS)

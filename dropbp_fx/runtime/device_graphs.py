@@ -10,8 +10,10 @@ something to the caller, those whose inputs are not all tensors on the device, a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -33,6 +35,10 @@ from dropbp_fx.runtime.recorded import (
 )
 
 
+class CudaGraphsWarning(UserWarning):
+    """CUDA graphs were asked for, and what runs without them; the message has the cause and the remedy."""
+
+
 class Holder(Protocol):
     """Who has a program's memory."""
 
@@ -43,6 +49,8 @@ class Holder(Protocol):
 RECORDINGS = 8
 #: Slots that no forward needed for this many forwards are given up.
 _FORWARDS_UNUSED = 64
+#: If most of so many forwards find the memory in use, that is said.
+_FORWARDS_WATCHED = 32
 
 
 class Code:
@@ -65,11 +73,16 @@ class _Slots:
 
 
 class GraphMemory:
-    """What all programs of a backend share on one device: what captures, and one codes' facts.
+    """What all programs of a backend share on one device: what captures, and what is known of their code.
 
     Args:
         device: where programs run.
         capturing: what records graphs there.
+
+    Attributes:
+        recorded: how many graphs were recorded.
+        replayed: how often a region's forward ran as a graph.
+        run_without: why others did not, and how often.
     """
 
     def __init__(self, device: torch.device, capturing: Capturing) -> None:
@@ -77,6 +90,8 @@ class GraphMemory:
         self.capturing = capturing
         self.lock = threading.RLock()
         self.recorded = 0
+        self.replayed = 0
+        self.run_without: collections.Counter[str] = collections.Counter()
         self._codes: dict[int, Code] = {}
         self._stream: Any = None
 
@@ -125,12 +140,27 @@ class DeviceGraphs:
         self.forward_only: dict[tuple[int, int], RecordedRegion] = {}
         self._slots: dict[tuple[Layout, ...], _Slots] = {}
         self._forwards = 0
+        self._in_use = 0
         self._holder: weakref.ref[Holder] | None = None
 
     def free(self) -> bool:
         """Whether a forward may have the memory: nobody has it, and nobody captures what this thread issues."""
         holder = None if self._holder is None else self._holder()
-        return (holder is None or holder.done) and not _torch.is_capturing(self.memory.device)
+        self._forwards += 1
+        if holder is None or holder.done:
+            return not _torch.is_capturing(self.memory.device)
+        self.memory.run_without["another forward waits for its backward"] += len(self.recordable)
+        self._in_use += 1
+        if self._forwards == _FORWARDS_WATCHED and 2 * self._in_use > self._forwards:
+            warnings.warn(
+                f"{self._in_use} of the first {self._forwards} forwards of a compiled graph ran without CUDA graphs: "
+                "the backward of one before was still to come: layers that are compiled one by one share their code, and "
+                "several forwards for one backward need memory each. Compile the whole model, call backward() for each "
+                "forward, or leave CUDA graphs out.",
+                CudaGraphsWarning,
+                stacklevel=2,
+            )
+        return False
 
     def hold(self, holder: Holder) -> None:
         """The memory is one forward's, until it is done or gone."""
@@ -138,7 +168,6 @@ class DeviceGraphs:
 
     def slots_for(self, steps: Sequence[Step]) -> dict[int, Slot]:
         """A slot for each region of a pattern that keeps something and is known to."""
-        self._forwards += 1
         if self._forwards % _FORWARDS_UNUSED == 0:
             self._give_up_unused()
         wanting: dict[tuple[Layout, ...], list[Step]] = {}
@@ -180,6 +209,21 @@ class DeviceGraphs:
         for own in self._slots.values():
             del own.slots[own.most :]
             own.most = 0
+
+
+def why_unusable(program: RegionProgram, device: torch.device) -> str | None:
+    """Why no region of a program can be a graph, and what to do; ``None`` if some can."""
+    if program.has_symbols:
+        return (
+            "its shapes are symbolic, and a graph has the addresses of one shape. Compile with dynamic=False: each shape "
+            "then has graphs of its own"
+        )
+    if not any(_may_record(program, number, device) for number in range(len(program.regions))):
+        return (
+            "each of its branches returns a value to the caller, whose memory must not be written over, or takes something "
+            "that is no tensor on that device. Compile the whole model, and have it return the loss, not all hidden states"
+        )
+    return None
 
 
 def _may_record(program: RegionProgram, number: int, device: torch.device) -> bool:

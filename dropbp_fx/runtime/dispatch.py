@@ -110,7 +110,7 @@ class RegionRunner:
         self._variants = planner.variants
         self._below = below
         self._sources = sources
-        self._graphs = None if memory is None or planner.program.has_symbols else DeviceGraphs(planner, memory)
+        self._graphs = None if memory is None else DeviceGraphs(planner, memory)
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory()
         self._plans: collections.OrderedDict[tuple[frozenset[int], bool], _Plan] = collections.OrderedDict()

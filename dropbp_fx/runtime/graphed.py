@@ -71,11 +71,13 @@ class GraphedForward:
             return None
         code = self._memory.code(step.flat)
         if code.placement is None or code.refused:
+            self._note_without(code.refused or "the first run of its code")
             return None
         key = (step.region, id(step.flat))
         slot = self._slots.get(step.region)
         keeps = self._graphs.kept(step)
         if keeps is not None and keeps.layout and slot is None:
+            self._note_without("the first forward of its code")
             return None
         store = self._graphs.forward_only if slot is None else slot.recorded
         found = store.get(key)
@@ -83,16 +85,22 @@ class GraphedForward:
             found = None
         if found is None:
             if slot is not None and key not in store and self._graphs.recordings(key) >= RECORDINGS:
+                self._note_without(f"it is recorded upon {RECORDINGS} slots, and upon none that is free")
                 return None
             found = self._record(step, code, values, slot, keeps)
             if found is None:
+                self._note_without(code.refused)
                 return None
             store[key] = found
         self._bring(found.moving, values)
         found.run()
+        self._memory.replayed += 1
         self._present.update(zip(step.outputs, found.outputs, strict=True))
         self._made.update(step.outputs)
         return found
+
+    def _note_without(self, why: str) -> None:
+        self._memory.run_without[why] += 1
 
     def arguments(self, step: Step, values: Sequence[Any]) -> list[Any]:
         """The inputs of a region that runs without a graph: what it saves must outlive the buffers."""
