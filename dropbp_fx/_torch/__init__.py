@@ -22,7 +22,6 @@ from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
     CompileFunction,
     JointPass,
-    activation_memory_budget,
     compile_with_aot_autograd,
     compile_with_inductor,
     inductor_mode_options,
@@ -74,6 +73,7 @@ from dropbp_fx._torch.operators import (
     unsafe_view,
     written_arguments,
 )
+from dropbp_fx._torch.partitioning import activation_memory_budget
 from dropbp_fx._torch.registry import HOOKS, Hook, hooks, versions
 from dropbp_fx._torch.sharding import ddp_waits_for_every_gradient, leave_out_unneeded_gathers, process_group_store
 from dropbp_fx._torch.tracing import (
