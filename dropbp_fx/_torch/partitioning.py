@@ -23,6 +23,8 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dropbp_fx._torch.old_values import save_old_values
+
 #: A budget of exactly 0 saves the inputs and nothing else, whatever is marked.
 _LEAST_BUDGET = 1e-9
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -38,10 +40,17 @@ def activation_memory_budget(budget: float | None) -> contextlib.AbstractContext
 
 
 def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The forward and the backward graph of ``joint``, of which no random operator runs in both.
+    """The forward and the backward graph of ``joint``: what the backward recomputes has the values of the forward.
 
     ``joint`` may be rewritten. ``kwargs`` are AOTAutograd's.
     """
+    forward, backward = _partition_drawing_once(joint, inputs, **kwargs)
+    save_old_values(forward, kwargs["num_fwd_outputs"])
+    return forward, backward
+
+
+def _partition_drawing_once(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The two graphs, of which no random operator runs in both."""
     from torch._functorch import config
 
     random = _random_forward_nodes(joint) if config.activation_memory_budget < 1 else []
