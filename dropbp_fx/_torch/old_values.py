@@ -26,7 +26,8 @@ def save_old_values(forward: fx.GraphModule, outputs: int) -> None:
     output = graph.output_node()
     (results,) = output.args
     assert isinstance(results, (list, tuple))
-    copies = {node: _copy_of(graph, node) for node in results[outputs:] if _storage(node) in written}
+    saved = [node for node in results[outputs:] if isinstance(node, fx.Node)]
+    copies = {node: _copy_of(graph, node) for node in saved if _storage(node) in written}
     if not copies:
         return
     kept = [copies.get(node, node) if isinstance(node, fx.Node) else node for node in results[outputs:]]
