@@ -306,3 +306,37 @@ def test_a_backward_reads_buffers_as_they_were_before_the_forward_wrote_into_the
 @pytest.mark.parametrize("branch", [Scaled, Centred, Delayed])
 def test_generated_code_reads_buffers_as_they_were(branch: type[Stateful]) -> None:
     check_old_values(branch, None, "inductor")
+
+
+def test_a_graph_whose_only_dear_operator_is_dropout_is_partitioned_too() -> None:
+    """For it the partitioner of torch < 2.15 saves the pair that dropout returns as one value, which nothing can hold."""
+    embedding = nn.Embedding(13, 16)
+    _, run = compile_model(nn.Sequential(embedding, nn.Dropout(0.5)))
+    torch.manual_seed(1)
+    with budget_of_all(0.3):
+        run(TOKENS).square().sum().backward()
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(F.dropout(embedding(TOKENS)).square().sum(), embedding.weight)
+    torch.testing.assert_close(embedding.weight.grad, *expected)
+
+
+class Budgeted(Model):
+    """Sets a budget of its own."""
+
+    def __init__(self, budget: float) -> None:
+        super().__init__(SOURCES["dropout"])
+        self.budget = budget
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # the block is refused there
+            return super().forward(tokens)
+        with torch.autograd.graph.region_activation_memory_budget(self.budget):
+            return super().forward(tokens)
+
+
+@pytest.mark.skipif(not hasattr(torch.autograd.graph, "region_activation_memory_budget"), reason="torch 2.13 has it")
+@pytest.mark.parametrize("budget", [0.0, thorough(0.5)])
+def test_a_budget_that_a_forward_sets_itself_changes_no_gradient(budget: float) -> None:
+    model = Budgeted(budget)
+    backend, run = compile_model(model)
+    assert_exact(model, run, backend, loss_of, NAMES, patterns=[(), (0,), (1,)])

@@ -18,6 +18,7 @@ from dropbp_fx._torch.autograd import (
     version_of,
     without_autocast,
 )
+from dropbp_fx._torch.budgets import activation_memory_budget
 from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
     CompileFunction,
@@ -73,7 +74,6 @@ from dropbp_fx._torch.operators import (
     unsafe_view,
     written_arguments,
 )
-from dropbp_fx._torch.partitioning import activation_memory_budget
 from dropbp_fx._torch.registry import HOOKS, Hook, hooks, versions
 from dropbp_fx._torch.sharding import ddp_waits_for_every_gradient, leave_out_unneeded_gathers, process_group_store
 from dropbp_fx._torch.tracing import (

@@ -7,36 +7,26 @@ to be saved. Regions under activation checkpointing are left alone: they restore
 | hook | why it is needed |
 | --- | --- |
 | ``functorch.compile.min_cut_rematerialization_partition`` | partition a pruned joint graph as Inductor does |
-| ``torch._functorch.config.activation_memory_budget`` | the budget in force, the backend's parameter or the user's setting |
 | ``torch.Tag.nondeterministic_seeded``, ``OpOverload._schema`` | tell random operators from others |
 | ``node.meta["recompute"]`` | ask the partitioner to save a value |
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils.checkpoint import CheckpointPolicy
 
+from dropbp_fx._torch.budgets import changed_budgets, lowest_budget
 from dropbp_fx._torch.old_values import save_old_values
 
 #: A budget of exactly 0 saves the inputs and nothing else, whatever is marked.
 _LEAST_BUDGET = 1e-9
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-
-
-def activation_memory_budget(budget: float | None) -> contextlib.AbstractContextManager[Any]:
-    """What is partitioned within saves no more than this share of what it would; the rest is recomputed."""
-    if budget is None:
-        return contextlib.nullcontext()
-    from torch._functorch import config
-
-    return cast("contextlib.AbstractContextManager[Any]", config.patch(activation_memory_budget=budget))
 
 
 def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -51,20 +41,18 @@ def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.Gra
 
 def _partition_drawing_once(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The two graphs, of which no random operator runs in both."""
-    from torch._functorch import config
-
-    random = _random_forward_nodes(joint) if config.activation_memory_budget < 1 else []
+    random = _random_forward_nodes(joint) if lowest_budget(joint) < 1 else []
     if not random:
         return _partition(joint, inputs, **kwargs)
     untouched = _copy(joint)
     for node in random:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    with activation_memory_budget(max(config.activation_memory_budget, _LEAST_BUDGET)):
+    with changed_budgets(joint, lambda budget: max(budget, _LEAST_BUDGET)):
         parts = _partition(joint, inputs, **kwargs)
     if _is_sound(*parts, {node.name for node in random}):
         return parts
     # With nothing but marked values to choose from, the partitioner of torch < 2.15 saves the marked tuples themselves.
-    with activation_memory_budget(1.0):
+    with changed_budgets(untouched, lambda _: 1.0):
         return _partition(untouched, inputs, **kwargs)
 
 

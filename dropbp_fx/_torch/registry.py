@@ -117,6 +117,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook("torch._functorch.config", "patch", _CONFIG),
     Hook("torch._functorch.config", "force_non_lazy_backward_lowering", _CONFIG),
     Hook("torch._functorch.config", "activation_memory_budget", _CONFIG),
+    Hook("torch.fx.traceback", "MEMORY_BUDGET_ANNOTATION_KEY", _PARTITION, optional=True),
     Hook("torch._functorch.config", "donated_buffer", _CONFIG),
     Hook("torch._functorch.config", "enable_autograd_cache", _CONFIG),
     Hook("torch._dynamo.convert_frame", "input_codes", _QUIET),
