@@ -179,7 +179,7 @@ def test_generated_code_uses_the_masks_of_the_forward_under_a_memory_budget(sour
                 return compiled(model, loss_of, run)
 
     expected = result(None, None)
-    for budget, everywhere in ((0.0, None), (0.5, None), (None, 0.0), (None, 0.5)):
+    for budget, everywhere in ((0.0, None), (None, 0.3)):
         assert_equal(result(budget, everywhere), expected, what=f"{budget}, {everywhere}")
 
 
