@@ -18,11 +18,11 @@ from dropbp_fx._torch.autograd import (
     version_of,
     without_autocast,
 )
+from dropbp_fx._torch.budgets import activation_memory_budget
 from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
     CompileFunction,
     JointPass,
-    activation_memory_budget,
     compile_with_aot_autograd,
     compile_with_inductor,
     inductor_mode_options,
