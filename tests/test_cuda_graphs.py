@@ -498,6 +498,18 @@ def test_where_the_results_of_code_lie_is_seen_in_its_first_run() -> None:
     assert all(placement.fills[k] for k, kind in enumerate(kinds) if kind == "allocation")
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("asked", ["option", "setting", "neither"])
+def test_graphs_are_asked_for_by_an_option_or_by_inductors_setting(graphs: Replayed | None, asked: str) -> None:
+    options = {"triton.cudagraphs": True} if asked == "option" else None
+    backend = dropbp_backend(rate=0.0, options=options)
+    run = torch.compile(Residual(), backend=backend)
+    with torch._inductor.config.patch({"triton.cudagraphs": asked == "setting"}):
+        for _ in range(3):
+            loss_of(run).backward()
+    assert (recorded(backend) > 0) == (asked != "neither")
+
+
 # ---- what is said --------------------------------------------------------------------------------------------------------
 
 

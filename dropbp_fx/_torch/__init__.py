@@ -27,6 +27,7 @@ from dropbp_fx._torch.compiling import (
     compile_with_inductor,
     inductor_mode_options,
     inductor_option_names,
+    inductor_setting,
     repeatable_backward,
     run_graph_eagerly,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_mode_options",
     "inductor_option_names",
+    "inductor_setting",
     "is_capturing",
     "is_compiled",
     "is_cut_by_ddp_optimizer",

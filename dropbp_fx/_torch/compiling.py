@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -148,6 +149,13 @@ def inductor_option_names() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(config.get_config_copy())
+
+
+def inductor_setting(name: str) -> Any:
+    """What an Inductor option is where nobody gives it."""
+    from torch._inductor import config
+
+    return operator.attrgetter(name)(config)
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
