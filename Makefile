@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all full-run lint types format docs bench clean ci
+.PHONY: help install demo test test-all test-graphs full-run lint types format docs bench clean ci
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -44,8 +44,12 @@ test: $(STAMP) ## run the tests of what the package does (flags: TEST_ARGS="-k p
 test-all: $(STAMP) ## run the tests with every model family, adapter, example and process group, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_ARGS)
 
+test-graphs: $(STAMP) ## run the quick tests with regions as CUDA graphs, on the CPU as a stand-in for them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not thorough and not inductor" --graphs $(TEST_ARGS)
+
 full-run: $(STAMP) ## run all tests and take note, so that CI need not run them until sources they depend on change
 	$(MAKE) test-all TEST_ARGS="-n 2 --dist worksteal"
+	$(MAKE) test-graphs TEST_ARGS="-n 2 --dist worksteal"
 	$(BIN)/python .ci/full_run.py record
 
 lint: $(STAMP) ## check style with ruff

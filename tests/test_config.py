@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from dropbp_fx import DropBPBackend, DropPolicy, _torch, dropbp_backend, lowering
 from dropbp_fx.entry import dropbp
+from dropbp_fx.runtime.compiler import Compiler
 from tests.helpers import POLICY_FIELDS, make_backend
 
 
@@ -220,6 +221,7 @@ def test_options_of_any_type_may_be_given_by_name(monkeypatch: pytest.MonkeyPatc
         )
 
     monkeypatch.setattr(_torch, "compile_with_inductor", inductor)
+    monkeypatch.setattr(Compiler, "cuda_graphs", False)  # which are an option too (pytest --graphs)
     options: dict[str, Any] = {"options": {"trace.debug_dir": "x", "external_matmul": []}}
     torch.compile(Residual(), backend=dropbp, options=options)(torch.randn(2, 4))
     assert seen
