@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dropbp_fx._distributed.agreement import RankDisagreementError
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.entry import dropbp_backend
+from dropbp_fx.named import backends, current, named_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.branches import Branch
@@ -51,9 +52,12 @@ __all__ = [
     "WindowPattern",
     "__version__",
     "allocate",
+    "backends",
+    "current",
     "dropbp_backend",
     "dump_graphs",
     "explain",
+    "named_backend",
 ]
 
 _INSPECTION = frozenset({"Explanation", "dump_graphs", "explain"})

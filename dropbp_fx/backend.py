@@ -184,6 +184,7 @@ class DropBPBackend:
             )
         self._state.modules.register(model)
         self._state.models.register(model)
+        self._state.live_with([model])
 
     def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop exactly these branches, given by index or name.

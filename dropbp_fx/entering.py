@@ -43,6 +43,7 @@ def enter_branches(
     callers = _torch.calling_modules()
     names = name_branches(branches)
     prefixes = {owned.module: "" for owned in owners.values()}
+    state.live_with([*prefixes, *callers.running])
     # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
     for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
         _find_home(state, module, callers)
@@ -145,8 +146,10 @@ def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[T
     module = owner_among(callers.running, parameters, entered.identifying.names)
     if module is not None:
         module = _torch.original_module(module)
+        replaced = state.models.is_gone(entered.model)  # the code has outlived its model, and now serves the next one
+        _find_home(state, module, callers)
         model = _model_of(state, [module], callers)
-        if model != entered.model:
+        if model != entered.model or replaced:
             return state.modules.path_of(module), model
     state.shortfall.report("sharing", sharing_text([branch.name for branch in entered.branches[:3]]))
     return None
@@ -155,6 +158,7 @@ def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[T
 def _model_of(state: BackendState, roots: Sequence[nn.Module], callers: _torch.Callers) -> int:
     """The number of the model that these modules are, or are parts of."""
     around = [module for root in roots for module in state.modules.roots_around(root)]
+    state.live_with([*around, *callers.running])
     number, replaces = state.models.number_of(list(dict.fromkeys(around)), callers.running)
     if replaces:
         state.sampler.forget(number)

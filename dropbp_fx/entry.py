@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from torch import fx
 
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.config import BackendConfig
+from dropbp_fx.named import dropbp
 from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName
 from dropbp_fx.runtime.compiler import InnerCompiler
+
+__all__ = ["dropbp", "dropbp_backend"]
 
 
 def dropbp_backend(
@@ -61,40 +61,3 @@ def dropbp_backend(
         strict=strict,
     )
     return DropBPBackend(config)
-
-
-def dropbp(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """The backend by name: ``torch.compile(model, backend="dropbp", options={"rate": 0.5})``.
-
-    ``options`` are the arguments of :func:`dropbp_backend`; ``policy`` may also be a mapping of a policy's fields. Equal
-    options share one backend, as the graphs of one model must. To steer a run (``pinned``, ``rate``, ``state_dict``), make
-    the backend yourself and pass the object.
-
-    Raises:
-        TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
-    """
-    named = dict(options or {})
-    names = tuple(inspect.signature(dropbp_backend).parameters)
-    unknown = sorted(set(named) - set(names))
-    if unknown:
-        raise ValueError(
-            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(names)}. Options "
-            "for Inductor go into the option named 'options'."
-        )
-    if isinstance(named.get("policy"), Mapping):
-        named["policy"] = DropPolicy.from_fields(named["policy"])
-    config = BackendConfig.checked(**named)  # checked before anything is looked up: as keys, False and 0 are equal
-    backend = next((known for known in _named_backends if known._config == config), None)
-    if backend is None:
-        backend = DropBPBackend(config)
-        _named_backends.append(backend)
-    return backend(gm, example_inputs, mode=mode)
-
-
-_named_backends: list[DropBPBackend] = []

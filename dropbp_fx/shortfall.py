@@ -53,10 +53,12 @@ class Shortfall:
 
     Attributes:
         breaks: the graph breaks met so far, in order.
+        by_name: whether ``torch.compile`` was given a name, so that nobody has the object that a remedy is about.
     """
 
     def __init__(self, sampler: PatternSampler, listeners: list[Listener], *, strict: bool) -> None:
         self.breaks: dict[GraphBreak, None] = {}
+        self.by_name = False
         self._sampler = sampler
         self._listeners = listeners
         self._strict = strict
@@ -83,6 +85,8 @@ class Shortfall:
         Raises:
             Exception: an ``error``, where the backend is strict.
         """
+        if self.by_name and "backend.register(" in text:
+            text += _BY_NAME_TEXT
         known = cause in self._texts
         self._texts.setdefault(cause, text)
         if quiet:
@@ -236,6 +240,12 @@ def _trains(optimizer: torch.optim.Optimizer, parameters: Sequence[weakref.ref[T
     groups = optimizer.param_groups
     return any(id(p) in known and p.grad is not None for group in groups for p in group["params"])
 
+
+#: What a remedy calls the backend.
+_BY_NAME_TEXT = (
+    " The backend was given by its name: before the first forward call dropbp_fx.named_backend().register(model), with the "
+    "options that torch.compile gets, if any; later dropbp_fx.current() is the backend."
+)
 
 #: Dynamo's DDPOptimizer is on.
 _CUT_TEXT = (

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 from torch import nn
 
@@ -31,7 +31,12 @@ from dropbp_fx.shortfall import Listener, Shortfall
 
 @dataclasses.dataclass
 class BackendState:
-    """What a backend and its deep copies share: its policy and the code it has compiled."""
+    """What a backend and its deep copies share: its policy and the code it has compiled.
+
+    Attributes:
+        handle: a backend that was given by its name, and that perhaps nobody but this state holds.
+        alive_with: the modules that hold it; ``None`` as long as it has worked for none.
+    """
 
     sampler: PatternSampler
     counts: CompileCounts
@@ -49,6 +54,8 @@ class BackendState:
         default_factory=weakref.WeakValueDictionary
     )
     step_watch: CompiledStepWatch | None = None
+    handle: object | None = None
+    alive_with: weakref.WeakSet[nn.Module] | None = None
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:
@@ -81,6 +88,17 @@ class BackendState:
             shortfall,
         )
 
+    def live_with(self, modules: Iterable[nn.Module]) -> None:
+        """Let a backend that was given by its name live for as long as any of these modules."""
+        if self.handle is None:
+            return
+        for module in modules:
+            if self.alive_with is None:
+                self.alive_with = weakref.WeakSet()
+            if module not in self.alive_with:
+                self.alive_with.add(module)
+                weakref.finalize(module, _let_go, self.handle).atexit = False
+
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
         """Within the block this thread's forwards, and recomputations in any backward, are part of ``calibration``."""
@@ -90,6 +108,10 @@ class BackendState:
             yield
         finally:
             self.calibration, self.calibrating_thread = before
+
+
+def _let_go(_backend: object) -> None:
+    """A module that held it is no more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,10 @@ class Models:
         self._registered.add(model)
         self.number_of([model], ())
 
+    def is_gone(self, number: int) -> bool:
+        """Whether no module of a model lives any more."""
+        return number <= len(self._members) and not len(self._members[number - 1])
+
     def number_of(self, roots: Sequence[nn.Module], running: Iterable[nn.Module]) -> tuple[int, bool]:
         """The number of the model that a graph with these outermost modules belongs to, and whether it has just become it.
 
