@@ -15,6 +15,7 @@ from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.drop_policy import DropPolicy
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
+    LayersPattern,
     LowestPattern,
     Pattern,
     RandomPattern,
@@ -38,6 +39,7 @@ __all__ = [
     "Explanation",
     "IndependentPattern",
     "LateRamp",
+    "LayersPattern",
     "LessDroppedWarning",
     "LowestPattern",
     "NoResidualBranchWarning",

@@ -37,7 +37,8 @@ def dropbp_backend(
             branches at the constant rate 0.5. "freezing": the lower half of the layers is not trained.
             "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one after
             the other, a quarter of the backward in all (at rate 0.7 nearly half of the layers are frozen from the start);
-            it must be told of the run's :attr:`~DropBPBackend.progress`.
+            it must be told of the run's :attr:`~DropBPBackend.progress`. "lisa": the weights of a random eighth of the
+            layers are trained, of others every 20 forwards.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp_fx._torch import GraphBreak
 from dropbp_fx.graph.coverage import UnevenLayers
 from dropbp_fx.optimizer_steps import after_steps
+from dropbp_fx.policy.layers import LayersPattern
 from dropbp_fx.policy.sampler import PatternSampler
 
 #: Training forwards after which the rate that can be reached is compared with the one that was asked for.
@@ -113,8 +114,8 @@ class Shortfall:
 
     def _compare_rates(self) -> None:
         droppable = [branch for branch in self._sampler.branches if branch.droppable]
-        if not droppable or "sharing" in self._texts:
-            return
+        if not droppable or "sharing" in self._texts or isinstance(self._sampler.rated.pattern, LayersPattern):
+            return  # the last drops what it was asked to, whatever the rate
         asked = math.fsum(branch.rate for branch in droppable) / len(droppable)
         attainable = self._sampler.rated.attainable_rate()
         if attainable < _CLOSE * asked:

@@ -71,6 +71,7 @@ class BackendState:
             policy.granularity,
             config.seed,
             pattern=policy.resolved_pattern,
+            hold=policy.hold,
             configuration=config.described(),
         )
         listeners: list[Listener] = []

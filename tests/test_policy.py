@@ -502,13 +502,14 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         (
             {"policy": "freeze"},
             ValueError,
-            r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing'\. Pass one of them, or "
-            r"a DropPolicy",
+            r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing', 'lisa'\. Pass one of "
+            r"them, or a DropPolicy",
         ),
         (
             {"policy": None},
             TypeError,
-            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', or a DropPolicy, not None",
+            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', 'lisa', or a DropPolicy, "
+            r"not None",
         ),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
@@ -537,6 +538,13 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             TypeError,
             r"activation_memory_budget must be a number in \[0, 1\] or None",
         ),
+        ({"hold": 0}, ValueError, r"hold must be at least 1, not 0"),
+        ({"hold": 2.5}, TypeError, r"hold must be a whole number of forwards, not 2\.5"),
+        ({"hold": None}, TypeError, r"hold must be a whole number of forwards, not None; 1 samples in each of them"),
+        ({"hold": True}, TypeError, r"hold must be a whole number of forwards, not True"),
+        ({"pattern": "layers[:]"}, ValueError, r"LayersPattern needs a start or a stop: all layers of a model cannot"),
+        ({"pattern": "layers[5:3]"}, ValueError, r"with start=5, stop=3 there are none\. Let stop be behind start"),
+        ({"pattern": "layers[1:2:3]"}, ValueError, r"no pattern named .* and such as 'layers\[:8\]'"),
         ({"rescale": 1}, TypeError, r"rescale must be True or False, not 1"),
         ({"schedule": "cosine"}, ValueError, r"no schedule named 'cosine'; the names are 'constant', 'ramp_up'"),
         ({"schedule": 0.5}, TypeError, r"or a function from progress \(0 to 1\) to a rate, not 0\.5"),
