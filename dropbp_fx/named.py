@@ -38,7 +38,7 @@ class NamedBackends:
 
     def __init__(self) -> None:
         self.__name__ = "dropbp"
-        self._known: list[tuple[BackendConfig, weakref.ref[BackendState]]] = []
+        self._known: list[_Known] = []
 
     def __call__(
         self,
@@ -65,52 +65,70 @@ class NamedBackends:
             TypeError, ValueError: an unknown option or variable, or a bad value.
         """
         config = _config_of(options)  # checked before anything is looked up: as keys, False and 0 are equal
-        state = self._found(config)
-        if state is None:
-            state = BackendState.of(config)
-            state.handle = DropBPBackend(config, state)
-            state.shortfall.by_name = True
-            state.shortfall.expect_a_call()
-            self._known.append((config, weakref.ref(state, self._forget)))
-            _log_environment(options)
-        return _backend_of(state)
+        found = self._found(config)
+        if found is not None:
+            return found()
+        state = BackendState.of(config)
+        state.shortfall.by_name = True
+        state.shortfall.expect_a_call()
+        known = state.handle = _Known(config, state)
+        self._known = [*(known for known in self._known if known.works), known]
+        _log_environment(options)
+        return known()
 
     def reset(self) -> None:
         """Forget compiled code; ``torch._dynamo.reset()`` calls this."""
-        for state in self._states():
-            _backend_of(state).reset()
+        for known in self._known:
+            if known.state() is not None:
+                known().reset()
 
     def in_use(self) -> tuple[DropBPBackend, ...]:
         """The backends that have modules to work for, or have not had any yet, in the order in which they were made."""
-        states = self._states()
-        return tuple(_backend_of(state) for state in states if state.alive_with is None or len(state.alive_with))
+        return tuple(known() for known in self._known if known.works and (known.modules is None or len(known.modules)))
 
-    def _states(self) -> list[BackendState]:
-        states = [state for _, reference in self._known if (state := reference()) is not None]
-        return [state for state in states if _works(state)]
-
-    def _found(self, config: BackendConfig) -> BackendState | None:
+    def _found(self, config: BackendConfig) -> _Known | None:
         # By what it was made from: a schedule that was set since is in the backend's own configuration.
-        same = (reference() for known, reference in self._known if known == config)
-        return next((state for state in same if state is not None and _works(state)), None)
+        return next((known for known in self._known if known.config == config and known.works), None)
 
     def _serves(self, config: BackendConfig, running: set[nn.Module]) -> bool:
         """Whether the backend of a configuration, if there is one, works for one of the modules that run."""
-        state = self._found(config)
-        return state is None or state.alive_with is None or bool(running.intersection(state.alive_with))
-
-    def _forget(self, reference: weakref.ref[BackendState]) -> None:
-        self._known = [(config, known) for config, known in self._known if known is not reference]
+        found = self._found(config)
+        return found is None or found.modules is None or bool(running.intersection(found.modules))
 
 
-def _works(state: BackendState) -> bool:
-    """Whether there is a module or code that the backend works for, or was none yet: else the next model gets a new one."""
-    return state.alive_with is None or bool(len(state.alive_with) or state.runners)
+class _Known:
+    """What is known of one backend; holds neither it nor its state. Called, it gives the backend.
 
+    Modules hold the object. Code that has outlived them holds the state alone, and the next model to run by it gets another
+    object of that state.
+    """
 
-def _backend_of(state: BackendState) -> DropBPBackend:
-    assert isinstance(state.handle, DropBPBackend)
-    return state.handle
+    def __init__(self, config: BackendConfig, state: BackendState) -> None:
+        self.config = config
+        self.state = weakref.ref(state)
+        self._backend: Callable[[], DropBPBackend | None] = lambda: None
+
+    def __call__(self) -> DropBPBackend:
+        backend = self._backend()
+        if backend is None:
+            state = self.state()
+            assert state is not None
+            backend = DropBPBackend(self.config, state)
+            backend.schedule = state.sampler.rated.rates.schedule  # it may have been set through an earlier object
+            self._backend = weakref.ref(backend)
+        return backend
+
+    @property
+    def works(self) -> bool:
+        """Whether somebody holds the backend, or there is code that another model may run by."""
+        state = self.state()
+        return state is not None and (self._backend() is not None or bool(state.runners))
+
+    @property
+    def modules(self) -> weakref.WeakSet[nn.Module] | None:
+        """The modules that hold it, ``None`` as long as it has worked for none."""
+        state = self.state()
+        return None if state is None else state.alive_with
 
 
 dropbp = NamedBackends()

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from torch import nn
 
@@ -34,7 +34,7 @@ class BackendState:
     """What a backend and its deep copies share: its policy and the code it has compiled.
 
     Attributes:
-        handle: a backend that was given by its name, and that perhaps nobody but this state holds.
+        handle: gives the backend, where that was given by its name and perhaps nobody holds it.
         alive_with: the modules that hold it; ``None`` as long as it has worked for none.
     """
 
@@ -54,7 +54,7 @@ class BackendState:
         default_factory=weakref.WeakValueDictionary
     )
     step_watch: CompiledStepWatch | None = None
-    handle: object | None = None
+    handle: Callable[[], object] | None = None
     alive_with: weakref.WeakSet[nn.Module] | None = None
 
     @classmethod
@@ -98,7 +98,7 @@ class BackendState:
                 self.alive_with = weakref.WeakSet()
             if module not in self.alive_with:
                 self.alive_with.add(module)
-                weakref.finalize(module, _let_go, self.handle).atexit = False
+                weakref.finalize(module, _let_go, self.handle()).atexit = False
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:

@@ -32,24 +32,25 @@ class SixLayers(nn.Module):
         return result
 
 
-class Add(nn.Module):
+class Work(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.work = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.work(x).tanh()
+        result: Tensor = self.work(x).tanh()
+        return result
 
 
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first = Add()
-        self.second = Add()
+        self.first = Work()
+        self.second = Work()
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.second(self.first(x))
-        return result
+        x = x + self.first(x)
+        return x + self.second(x)
 
 
 def six_loss(model: Any) -> Tensor:
@@ -164,7 +165,7 @@ def test_layers_are_dropped_by_their_places(pattern: Any, dropped: set[int]) -> 
         warnings.simplefilter("error", LessDroppedWarning)
         for _ in range(22):
             assert kept_layers(model, run) == set(range(6)) - dropped
-    points = [f"layers.{layer}.{add}.work" for layer in dropped for add in ("first", "second")]
+    points = [f"layers.{layer}.{part}.work" for layer in dropped for part in ("first", "second")]
     actual = compiled(model, six_loss, run)
     assert_equal(actual, eager(reference, six_loss, points), what=str(pattern))
     assert backend.stats.attainable_rate == pytest.approx(len(dropped) / 6)
