@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_ARGS ?=
 # Two workers with one thread each: the tests are many small models.
-TEST_ARGS ?= -n 2 --dist worksteal
+TEST_ARGS ?= -n auto --maxprocesses 8 --dist worksteal
 BENCH_ARGS ?= run tiny --steps 5 --methods torch.compile dropbp_fx "forward alone" "careful user, no_grad" checkpointing
 # Processes that build the documentation; the atlas traces a model for each family.
 DOCS_JOBS ?= 2

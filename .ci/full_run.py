@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / ".ci" / "full-run"
 #: Folders and files whose change calls for a full run.
-SOURCES = ("dropbp_fx/_torch", "dropbp_fx/_torch.py", "dropbp_fx/graph", "dropbp_fx/runtime", "dropbp_fx/lowering.py")
-SOURCES += ("dropbp_fx/meeting.py", "dropbp_fx/state.py", "constraints.txt")
+SOURCES = ("dropbp_fx/_torch", "dropbp_fx/graph", "dropbp_fx/runtime", "dropbp_fx/sensitivity", "dropbp_fx/lowering.py")
+SOURCES += ("dropbp_fx/entering.py", "dropbp_fx/captured.py", "dropbp_fx/state.py", "constraints.txt")
 
 
 def digest() -> str:
@@ -30,7 +30,7 @@ def digest() -> str:
 def _files() -> Iterator[Path]:
     for source in SOURCES:
         path = ROOT / source
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.exists() else []
+        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
 def main() -> int:

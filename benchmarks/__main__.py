@@ -20,11 +20,13 @@ from tqdm import tqdm
 from benchmarks import longest, targets
 from benchmarks.measure import Record, Request
 from benchmarks.methods import DEFAULT, METHODS
+from benchmarks.methods import check as check_methods
 from benchmarks.pages import filled
 from benchmarks.processes import Clock, failed, in_own_process, without_first_steps
 from benchmarks.quality import cli as quality
 from benchmarks.results import ResultsFile, Run, load
 from benchmarks.suites import SUITES
+from benchmarks.suites import check as check_shape
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.command is None:
         parser.print_help()
         return
+    if "suite" in chosen:
+        _settle_methods(parser, chosen)
     chosen.command_line = shlex.join(["python", "-m", "benchmarks", *given])
     chosen.action(chosen)
 
@@ -60,8 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         measuring.add_argument(f"--{size}", type=int, help="instead of the suite's")
 
     run = commands.add_parser("run", parents=[measuring], help="time and memory of training steps")
-    run.add_argument("--methods", nargs="+", choices=METHODS, default=DEFAULT, metavar="NAME",
-                     help=f"of {', '.join(map(repr, METHODS))}")  # fmt: skip
+    run.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(map(repr, METHODS))}"
+    )
     run.add_argument("--rates", nargs="+", type=float, default=[0.0, 0.5, 0.75, 0.875])
     run.add_argument("--shares", nargs="+", type=float, default=[1.0, 0.5], help="of layers that are checkpointed")
     run.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.5], help="of the memory partitioner")
@@ -104,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", type=Path, required=True, help="an SVG file")
     plot.set_defaults(action=_plot)
     return parser
+
+
+def _settle_methods(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+    """Refuse what the suite cannot be trained with before anything runs; by default, what it can be trained with."""
+    shape = SUITES[chosen.suite]
+    if chosen.methods is None:
+        chosen.methods = [name for name in DEFAULT if METHODS[name].trains(shape)]
+    try:
+        check_methods(chosen.methods, chosen.suite, shape)
+        check_shape(shape, fused_loss=chosen.loss == "fused")
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
 
 
 def _request(chosen: argparse.Namespace, measurement: str, method: str, **more: object) -> Request:

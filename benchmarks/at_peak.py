@@ -14,8 +14,7 @@ import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.models import make_model
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, build
 from dropbp_fx import dropbp_backend
 
 
@@ -39,7 +38,7 @@ def measure(
 ) -> Counter[int]:
     """The pieces held at the peak of one forward and backward that drops the branches ``dropped``."""
     shape = SUITES[suite]
-    model = make_model(shape, device="cpu", dtype=torch.float32, fused_loss=False)
+    model = build(shape, device="cpu", dtype=torch.float32, fused_loss=False)
     backend = dropbp_backend(inner=inner, activation_memory_budget=budget)
     run = torch.compile(model, backend=backend)
     ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1))

@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("suite", choices=SUITES, metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    suites = [name for name, shape in SUITES.items() if not shape.hugging_face]  # engines take the model's layers
+    parser.add_argument("suite", choices=suites, metavar="SUITE", help=f"one of {', '.join(suites)}")
     parser.add_argument("--processes", type=int, default=2, help="one a device")
     parser.add_argument("--engines", nargs="+", choices=_METHODS, default=list(_METHODS))
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="instead of all of an engine")

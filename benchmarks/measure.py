@@ -15,9 +15,8 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor
 
-from benchmarks.methods import METHODS, Training
-from benchmarks.models import make_model
-from benchmarks.suites import shape_of
+from benchmarks.methods import METHODS, Training, check
+from benchmarks.suites import build, shape_of
 
 Record = dict[str, Any]
 
@@ -86,11 +85,12 @@ class TrainingRun:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(request.cap_gib * 2**30 / total, 1.0))
         self.shape = shape_of(request.suite, layers=request.layers, batch=request.batch, tokens=request.tokens)
+        check([request.method], request.suite, self.shape)
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        model = make_model(self.shape, device=self.device, dtype=dtype, fused_loss=request.loss == "fused")
+        model = build(self.shape, device=self.device, dtype=dtype, fused_loss=request.loss == "fused")
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.parameters |= {b.untyped_storage().data_ptr() for b in model.buffers()}
+        self.weights = [*model.parameters(), *model.buffers()]
+        self.parameters = {tensor.untyped_storage().data_ptr() for tensor in self.weights}
         self.training: Training = METHODS[request.method].make(model, request.inner)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, fused=self.device == "cuda")
         size = (self.shape.batch, self.shape.tokens + 1)
@@ -163,6 +163,20 @@ class TrainingRun:
         whole = time.perf_counter() - started
         return 1e3 * whole, 1e3 * host, (peak(self.device) - held) / 2**30
 
+    def reserved(self) -> int:
+        """Bytes the allocator holds after a step that began with none to spare, those that CUDA graphs keep included."""
+        synchronize(self.device)
+        torch.cuda.empty_cache()
+        self.step()
+        synchronize(self.device)
+        return torch.cuda.memory_reserved()
+
+    def own_bytes(self) -> int:
+        """Bytes of weights, buffers and the optimizer's state."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self.weights, *(value for value in states if isinstance(value, Tensor))]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
     def saved_gib(self) -> float:
         """What autograd keeps for one backward, parameters and buffers not counted.
 
@@ -216,6 +230,7 @@ def _steps(request: Request) -> Iterator[Record]:
 
     The figures: ``step_ms`` from steps issued back to back, ``synchronized_ms`` and ``host_ms`` from steps that are
     waited for, ``activation_gib`` the peak above what was held before the step (on the CPU, what autograd saved).
+    CUDA graphs hold their memory between steps, too: with them it is what is reserved beyond weights and optimizer state.
     """
     run = TrainingRun(request)
     recompiles = METHODS[request.method].recompiles
@@ -254,6 +269,9 @@ def _steps_at(run: TrainingRun, request: Request, value: float | None, *, compil
     back_to_back = run.back_to_back(run.step, request.steps)
     synchronized, host, peaks = zip(*(run.synchronized_step() for _ in range(request.steps)), strict=True)
     activation = statistics.median(peaks) if run.device == "cuda" else run.saved_gib()
+    reserved = statistics.median(run.reserved() for _ in range(5)) if run.device == "cuda" else None
+    if reserved is not None and METHODS[request.method].cuda_graphs:
+        activation = (reserved - run.own_bytes()) / 2**30
     return {
         "losses": [first_loss, second_loss],
         "first_step_s": round(first, 3) if compiles else None,
@@ -262,6 +280,7 @@ def _steps_at(run: TrainingRun, request: Request, value: float | None, *, compil
         "synchronized_ms": round(statistics.median(synchronized), 3),
         "host_ms": round(statistics.median(host), 3),
         "activation_gib": round(activation, 4) if run.device == "cuda" else activation,
+        "reserved_gib": None if reserved is None else round(reserved / 2**30, 4),
         "graphs_compiled": _graphs_compiled() - graphs,
         "graph_breaks": _graph_breaks() - breaks,
         **run.training.facts(),

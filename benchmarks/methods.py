@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.models import Checkpointed, Decoder
+from benchmarks.models import Checkpointed, Decoder, Shape
 from dropbp_fx import dropbp_backend
 from dropbp_fx.graph import regions
 
@@ -47,11 +47,20 @@ class Method:
     Attributes:
         knob: "rate", "share" or "budget", ``None`` where there is nothing to choose.
         recompiles: a new value of the knob compiles everything again, so it has a first step of its own.
+        by_hand: it calls or replaces parts of the model, which must be a :class:`Decoder`; others take any module that
+            returns the loss.
+        cuda_graphs: on a GPU it keeps activations in the memory of CUDA graphs, between steps as well.
     """
 
-    make: Callable[[Decoder, str], Training]
+    make: Callable[[Any, str], Training]
     knob: str | None = None
     recompiles: bool = False
+    by_hand: bool = False
+    cuda_graphs: bool = False
+
+    def trains(self, shape: Shape) -> bool:
+        """Can it train a model of this shape?"""
+        return not (self.by_hand and shape.hugging_face)
 
 
 class Patterns:
@@ -68,15 +77,21 @@ class Patterns:
         return set(self._rng.sample(range(self.branches), round(self.rate * self.branches)))
 
 
-def eager(model: Decoder, inner: str) -> Training:
+def eager(model: nn.Module, inner: str) -> Training:
     return Training(model)
 
 
-def torch_compile(model: Decoder, inner: str) -> Training:
+def torch_compile(model: nn.Module, inner: str) -> Training:
     return Training(torch.compile(model, backend=inner, dynamic=False))
 
 
-def forward_alone(model: Decoder, inner: str) -> Training:
+def reduce_overhead(model: nn.Module, inner: str) -> Training:
+    """Inductor's CUDA graphs. Another inner compiler has no modes, and a CPU no graphs: it is torch.compile there."""
+    mode = "reduce-overhead" if inner == "inductor" else None
+    return Training(torch.compile(model, backend=inner, mode=mode, dynamic=False))
+
+
+def forward_alone(model: nn.Module, inner: str) -> Training:
     compiled = torch.compile(model, backend=inner, dynamic=False)
 
     def run(ids: Tensor) -> Tensor:
@@ -210,7 +225,7 @@ def checkpointing(model: Decoder, inner: str) -> Training:
     return Training(torch.compile(model, backend=inner, dynamic=False), choose)
 
 
-def memory_budget(model: Decoder, inner: str) -> Training:
+def memory_budget(model: nn.Module, inner: str) -> Training:
     """The partitioner decides what to recompute, to save no more than a share of what it would."""
     from torch._functorch import config
 
@@ -253,11 +268,22 @@ def _attention_flops(formula: Callable[..., int], query: Any, key: Any, value: A
 # ---- dropbp_fx -----------------------------------------------------------------------------------------------------------
 
 
-def dropbp(model: Decoder, inner: str, *, activation_memory_budget: float | None = None) -> Training:
-    """The backend's own random patterns, all of a kept branch's activations saved or a share of them."""
+def dropbp(
+    model: nn.Module, inner: str, *, activation_memory_budget: float | None = None, cuda_graphs: bool = False
+) -> Training:
+    """The backend's own random patterns, all of a kept branch's activations saved or a share of them.
+
+    CUDA graphs are an option of Inductor's, which another inner compiler does not take.
+    """
     if activation_memory_budget is not None:
         _count_shared_heads()
-    backend = dropbp_backend(rate=0.0, inner=inner, seed=0, activation_memory_budget=activation_memory_budget)
+    backend = dropbp_backend(
+        rate=0.0,
+        inner=inner,
+        seed=0,
+        activation_memory_budget=activation_memory_budget,
+        options={"triton.cudagraphs": True} if cuda_graphs and inner == "inductor" else None,
+    )
     before = backend.stats
 
     def choose(rate: float) -> None:
@@ -277,7 +303,7 @@ def dropbp(model: Decoder, inner: str, *, activation_memory_budget: float | None
     return Training(compiled, choose, backend.warmup, facts)
 
 
-def dropbp_layer_regions(model: Decoder, inner: str) -> Training:
+def dropbp_layer_regions(model: nn.Module, inner: str) -> Training:
     """One region for each layer instead of one for each branch: what docs/design.md compares with."""
     merge = regions._merge_overlapping
 
@@ -298,13 +324,15 @@ def dropbp_layer_regions(model: Decoder, inner: str) -> Training:
 METHODS: dict[str, Method] = {
     "eager": Method(eager),
     "torch.compile": Method(torch_compile),
-    "reference DropBP": Method(reference, "rate"),
-    "reference DropBP, torch.compile": Method(reference_compiled, "rate"),
-    "careful user, detach": Method(careful_detach, "rate"),
-    "careful user, no_grad": Method(careful_no_grad, "rate"),
-    "checkpointing": Method(checkpointing, "share", recompiles=True),
+    "torch.compile, reduce-overhead": Method(reduce_overhead, cuda_graphs=True),
+    "reference DropBP": Method(reference, "rate", by_hand=True),
+    "reference DropBP, torch.compile": Method(reference_compiled, "rate", by_hand=True),
+    "careful user, detach": Method(careful_detach, "rate", by_hand=True),
+    "careful user, no_grad": Method(careful_no_grad, "rate", by_hand=True),
+    "checkpointing": Method(checkpointing, "share", recompiles=True, by_hand=True),
     "memory budget": Method(memory_budget, "budget", recompiles=True),
     "dropbp_fx": Method(dropbp, "rate"),
+    "dropbp_fx, CUDA graphs": Method(functools.partial(dropbp, cuda_graphs=True), "rate", cuda_graphs=True),
     "dropbp_fx, budget 0.7": Method(functools.partial(dropbp, activation_memory_budget=0.7), "rate"),
     "dropbp_fx, budget 0": Method(functools.partial(dropbp, activation_memory_budget=0.0), "rate"),
     "dropbp_fx, layer regions": Method(dropbp_layer_regions, "rate"),
@@ -315,6 +343,8 @@ METHODS: dict[str, Method] = {
 DEFAULT = [
     "torch.compile",
     "dropbp_fx",
+    "torch.compile, reduce-overhead",
+    "dropbp_fx, CUDA graphs",
     "forward alone",
     "dropbp_fx, budget 0.7",
     "dropbp_fx, budget 0",
@@ -325,3 +355,18 @@ DEFAULT = [
     "checkpointing",
     "memory budget",
 ]
+
+
+def check(names: Iterable[str], suite: str, shape: Shape) -> None:
+    """Can these methods train the suite's model?
+
+    Raises:
+        ValueError: some cannot.
+    """
+    refused = [name for name in names if not METHODS[name].trains(shape)]
+    if refused:
+        possible = ", ".join(repr(name) for name, method in METHODS.items() if method.trains(shape))
+        raise ValueError(
+            f"{', '.join(map(repr, refused))} cannot train the suite {suite!r}: such a method takes the benchmarks' own "
+            f"models apart, and this is a model of Hugging Face's. Those that can are {possible}."
+        )

@@ -19,10 +19,11 @@ class Shape:
 
     Attributes:
         family: "llama" (rotary positions, RMS norm, gated MLP) or "gpt2" (learned positions, layer norm, GELU, biases,
-            a head tied to the embedding).
+            a head tied to the embedding); "hf-llama" and "hf-gpt2" are those of transformers (`benchmarks.huggingface`).
         kv_heads: heads of keys and values where several query heads share one, 0 for as many as query heads.
         lora_rank: rank of the update on every linear layer; all else is then frozen. 0 trains everything.
         four_bit: keep the frozen linear weights in four bits.
+        dropout: on embeddings, attention and what a branch returns; of "hf-gpt2" alone.
     """
 
     layers: int
@@ -36,6 +37,12 @@ class Shape:
     kv_heads: int = 0
     lora_rank: int = 0
     four_bit: bool = False
+    dropout: float = 0.0
+
+    @property
+    def hugging_face(self) -> bool:
+        """It is a model of transformers, not one of this module's."""
+        return self.family.startswith("hf-")
 
     def __post_init__(self) -> None:
         if self.four_bit and not self.lora_rank:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import CPU_ATTENTION
-from benchmarks.models import make_model
 from benchmarks.results import load
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, build
 from dropbp_fx import dropbp_backend, explain
 
 VOCABULARY = 512
@@ -201,7 +200,7 @@ def compare_results(path: Path) -> list[dict[str, Any]]:
     rows = []
     for measured in _measured(path):
         shape = SUITES[measured.suite]
-        model = make_model(shape, device="meta", dtype=torch.bfloat16, fused_loss=measured.loss == "fused")
+        model = build(shape, device="meta", dtype=torch.bfloat16, fused_loss=measured.loss == "fused")
         explanation = explain(model, torch.zeros(shape.batch, shape.tokens + 1, dtype=torch.long, device="meta"))
         full, gib, base = explanation.predict(0.0), 2**30, measured.rates[0.0]
         for rate, figures in sorted(measured.rates.items()):

@@ -25,8 +25,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.measure import peak, reset_peak, timed
-from benchmarks.models import Shape, make_model
-from benchmarks.suites import SUITES
+from benchmarks.models import Shape
+from benchmarks.suites import SUITES, build
 from dropbp_fx import DropBPBackend, DropPolicy, _torch, dropbp_backend
 
 _GPU_COST = Shape(24, 2048, 8192, 16, 32000, 2, 2048)
@@ -74,7 +74,7 @@ def main() -> None:
 
 def _cost(shape: Shape, device: str, inner: str) -> dict[str, float]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = make_model(shape, device=device, dtype=dtype, fused_loss=False)
+    model = build(shape, device=device, dtype=dtype, fused_loss=False)
     backend = dropbp_backend(0.5, inner=inner, seed=0)
     run = torch.compile(model, backend=backend)
     ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens + 1), device=device)
@@ -133,7 +133,7 @@ def _reference(model: nn.Module, backend: DropBPBackend, step: Callable[[], Tens
 
 
 def _ranking(name: str, shape: Shape, points: list[int], device: str, inner: str) -> list[dict[str, Any]]:
-    model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
+    model = build(shape, device=device, dtype=torch.float32, fused_loss=False)
     backend = dropbp_backend(policy=_estimating(10**9), inner=inner, seed=0)
     run = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=device == "cuda")
@@ -169,7 +169,7 @@ def _overhead(shape: Shape, device: str, inner: str) -> dict[str, Any]:
     """Blocks of steps with and without the running estimate take turns."""
     runs: list[Callable[[], None]] = []
     for every in (None, 10**9):
-        model = make_model(shape, device=device, dtype=torch.float32, fused_loss=False)
+        model = build(shape, device=device, dtype=torch.float32, fused_loss=False)
         policy = DropPolicy() if every is None else _estimating(every)
         backend = dropbp_backend(policy=policy, inner=inner, seed=0)
         run = torch.compile(model, backend=backend)

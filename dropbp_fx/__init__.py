@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dropbp_fx._distributed.agreement import RankDisagreementError
 from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.entry import dropbp_backend
-from dropbp_fx.named import backends, current, named_backend
+from dropbp_fx.entry import backends, current, dropbp_backend, named_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.branches import Branch
@@ -23,6 +22,7 @@ from dropbp_fx.policy.patterns import (
     WindowPattern,
 )
 from dropbp_fx.policy.schedules import LateRamp, Ramp, Steps
+from dropbp_fx.runtime.device_graphs import CudaGraphsWarning
 from dropbp_fx.sensitivity.sensitivity import Sensitivity
 from dropbp_fx.shortfall import LessDroppedWarning, NoResidualBranchWarning
 from dropbp_fx.summary import BackendStats
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendStats",
     "Branch",
+    "CudaGraphsWarning",
     "DropBPBackend",
     "DropPolicy",
     "Explanation",

@@ -22,7 +22,7 @@ from dropbp_fx.policy.rates import RateView
 from dropbp_fx.policy.rounds import checked_repeats
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_progress, checked_schedule
 from dropbp_fx.runtime.compiler import Compiler
-from dropbp_fx.sensitivity.calibration import calibrate
+from dropbp_fx.sensitivity.calibration import calibrate, check_call
 from dropbp_fx.sensitivity.sensitivity import Metric, Sensitivity, check_calibration
 from dropbp_fx.state import BackendState
 from dropbp_fx.summary import BackendStats, as_html, as_text
@@ -84,6 +84,7 @@ class DropBPBackend:
         self._state.variants.clear()
         self._state.runners.clear()
         self._state.graphs.clear()
+        self._state.graph_memory.clear()
 
     # ---- the user's handle -----------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class DropBPBackend:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The residual branches met so far, in execution order; empty before the first forward."""
+        """The residual branches found so far, in execution order; empty before the first forward."""
         return tuple(self._state.sampler.branches)
 
     @property
@@ -173,13 +174,13 @@ class DropBPBackend:
 
         Raises:
             TypeError: ``model`` is no module.
-            RuntimeError: branches have been met already, under names that they would then no longer have.
+            RuntimeError: branches have been found already, under names that they would then no longer have.
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"register() takes the model that the compiled layers belong to, not {shown(model)}.")
         if self._state.runners:
             raise RuntimeError(
-                f"This backend has met {len(self.branches)} branches already, and named them. Call register(model) before "
+                f"This backend has found {len(self.branches)} branches already, and named them. Call register(model) before "
                 "the first forward of a compiled layer."
             )
         self._state.modules.register(model)
@@ -283,7 +284,8 @@ class DropBPBackend:
                 gradients of it), uses reentrant activation checkpointing, or ``fully_shard`` has freed parameters.
             RankDisagreementError: in a distributed run, a rank failed or did not come, or has other branches.
         """
-        check_calibration(step, metric, batches, progress_bar)
+        check_call(step, progress_bar)
+        check_calibration(metric, batches)
         samples: list[Sensitivity] = []
         table, ranks = self._state.sampler.branches, self._state.sampler.ranks
 
@@ -333,7 +335,7 @@ class DropBPBackend:
 
         What came after that is forgotten: sensitivities, rates set by hand and observations too. Rate, progress and schedule
         are the state's. A function as the schedule cannot be saved: give the backend the same one before. Branches that
-        were met after the state was saved start anew where the state holds no branch, and do not fit it otherwise.
+        were found after the state was saved start anew where the state holds no branch, and do not fit it otherwise.
 
         Args:
             state: what ``state_dict()`` returned, perhaps read from a file.
@@ -358,7 +360,7 @@ class DropBPBackend:
     # ---- identity --------------------------------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
-        """Equal if either would do for the other: same state, or same configuration and neither has met a graph.
+        """Equal if either would do for the other: same state, or same configuration and neither has seen a graph.
 
         Dynamo reuses compiled code for a backend that equals the one it was compiled with. Were two used backends of
         one configuration equal, the second model would silently follow the first one's rates and pins.

@@ -29,14 +29,14 @@ class BackendConfig:
     @classmethod
     def checked(
         cls,
-        rate: float | None = None,
         *,
-        policy: PolicyName | DropPolicy = "dropbp",
-        inner: InnerCompiler = "inductor",
-        options: Mapping[str, Any] | None = None,
-        activation_memory_budget: float | None = None,
-        seed: int | None = None,
-        strict: bool = False,
+        rate: float | None,
+        policy: PolicyName | DropPolicy,
+        inner: InnerCompiler,
+        options: Mapping[str, Any] | None,
+        activation_memory_budget: float | None,
+        seed: int | None,
+        strict: bool,
     ) -> BackendConfig:
         """Build a configuration, refusing bad values; a ``rate`` takes the place of the policy's.
 

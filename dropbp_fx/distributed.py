@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from dropbp_fx._distributed.agreement import RankDisagreementError, checked_group
+from dropbp_fx._distributed.agreement import checked_group
 from dropbp_fx._distributed.ddp import all_reduce_present
 from dropbp_fx._distributed.sharded import (
     clip_grad_norm_,
@@ -13,10 +13,9 @@ from dropbp_fx._distributed.sharded import (
     skip_unneeded_gathers,
 )
 from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.values import LARGEST_COUNT, as_float, as_int, shown
+from dropbp_fx.values import as_float, checked_count, shown
 
 __all__ = [
-    "RankDisagreementError",
     "agree_across",
     "all_reduce_present",
     "check_ranks",
@@ -49,15 +48,9 @@ def agree_across(
             process group that this rank is in.
     """
     sampler = _checked_backend(backend)._state.sampler
-    number, seconds = as_int(every), as_float(timeout_s)
-    if number is None:
-        raise TypeError(f"every must be a whole number of forwards, not {shown(every)}.")
-    if number < 0:
-        raise ValueError(
-            f"every must be at least 0, not {shown(every)}; 0 compares nothing between the first pattern and the last."
-        )
-    if number > LARGEST_COUNT:
-        raise ValueError(f"every must be less than 2**63, not {shown(every)}.")
+    meaning = "; 0 compares nothing between the first pattern and the last"
+    number = checked_count("every", every, least=0, of="forwards", meaning=meaning)
+    seconds = as_float(timeout_s)
     if seconds is None:
         raise TypeError(f"timeout_s must be a number of seconds, not {shown(timeout_s)}.")
     if not 0 < seconds < float("inf"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.captured import EnteredBranches
+from dropbp_fx.captured import EnteredBranches, Home
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
@@ -100,6 +100,8 @@ def enter_branches(
         parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
         training=training,
         idle=leaves_of(idle),
+        home=Home(home) if home is not None else None,
+        given=tuple((node.name, example_value(node)) for node in placeholders if _is_given(owners, node)),
     )
 
 
@@ -146,10 +148,9 @@ def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[T
     module = owner_among(callers.running, parameters, entered.identifying.names)
     if module is not None:
         module = _torch.original_module(module)
-        replaced = state.models.is_gone(entered.model)  # the code has outlived its model, and now serves the next one
         _find_home(state, module, callers)
         model = _model_of(state, [module], callers)
-        if model != entered.model or replaced:
+        if model != entered.model or (entered.home is not None and entered.home.is_taken_by(module)):
             return state.modules.path_of(module), model
     state.shortfall.report("sharing", sharing_text([branch.name for branch in entered.branches[:3]]))
     return None
@@ -208,6 +209,11 @@ def _is_trained(value: object) -> bool:
 def _is_own(owners: Owners, node: fx.Node) -> bool:
     """Whether a graph input that a branch reads is its own, rather than what an earlier graph hands over: the stream."""
     return node in owners or isinstance(example_value(node), nn.Parameter)
+
+
+def _is_given(owners: Owners, node: fx.Node) -> bool:
+    """Whether a graph input is a tensor that is no module's."""
+    return isinstance(example_value(node), Tensor) and not _is_own(owners, node)
 
 
 def _requires_gradient(gm: fx.GraphModule) -> bool:

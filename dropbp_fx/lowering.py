@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from dropbp_fx import _torch
@@ -26,6 +28,7 @@ from dropbp_fx.graph.structure import structural_key
 from dropbp_fx.graph.writes import UnsupportedWriteError, take_writes_out
 from dropbp_fx.runtime import artifacts
 from dropbp_fx.runtime.compiler import Compiler
+from dropbp_fx.runtime.device_graphs import CudaGraphsWarning, GraphMemory, why_unusable
 from dropbp_fx.runtime.dispatch import PatternSource, RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.per_module import PerModule
@@ -71,29 +74,29 @@ class Lowering:
         search = find_branches(gm)
         for rejected in search.rejected:
             log.debug("%s is no residual branch: %s", rejected.addition.name, rejected.reason)
-        found = enter_branches(self.state, gm, search.branches, quiet=whole)
-        entered, droppable = found.branches, found.droppable
-        found = dataclasses.replace(found, undecided=tuple(report_gaps(self.state, gm, search, quiet=whole)))
-        if not droppable and not whole:
-            return found
+        entered = enter_branches(self.state, gm, search.branches, quiet=whole)
+        entered = dataclasses.replace(entered, undecided=tuple(report_gaps(self.state, gm, search, quiet=whole)))
+        if not entered.droppable and not whole:
+            return entered
         facts = {
             branch.index: describe_branch(residual, parameters_of(residual))
-            for branch, residual in zip(entered, search.branches, strict=True)
+            for branch, residual in zip(entered.branches, search.branches, strict=True)
         }
-        branches = [search.branches[position] for position in droppable]
+        branches = [search.branches[position] for position in entered.droppable]
         gates = insert_gates(gm, branches, drop=self.config.policy.drop, rescale=self.config.policy.rescale)
         program = dataclasses.replace(split_into_regions(gm, branches, gates), writes=writes)
-        names = [entered[position].name for position in droppable]
+        droppable = [entered.branches[position] for position in entered.droppable]
+        names = [branch.name for branch in droppable]
         variants = self._variants_of(program, names)
         if artifacts.wanted():
             self._show(gm, program, variants, names)
         graph = CapturedGraph(
             program=program,
             variants=variants,
-            indices=tuple(entered[position].index for position in droppable),
+            indices=tuple(branch.index for branch in droppable),
             facts=facts,
             rejected=tuple((rejected.addition.name, rejected.reason) for rejected in search.rejected),
-            entered=found,
+            entered=entered,
             below=self.config.policy.drop == "below",
         )
         return self._with_ways_to_trainable_inputs(graph)
@@ -103,8 +106,8 @@ class Lowering:
         not when every branch is dropped: a prefix that attention reads is no branch's own. Were all such branches
         dropped, nothing would be left to train.
         """
-        entered = graph.entered
-        frozen = [k for k, index in enumerate(graph.indices) if index not in entered.presence.trainable]
+        before = graph.entered
+        frozen = [k for k, index in enumerate(graph.indices) if index not in before.presence.trainable]
         leading: set[int] = set()
         if frozen:
             everything = frozenset(range(len(graph.indices)))
@@ -112,13 +115,13 @@ class Lowering:
             for k in frozen:
                 alone = graph.planner.reached(everything - {k})
                 if any(inputs & ~known for inputs, known in zip(alone, without, strict=True)):
-                    leading.add(entered.droppable[k])
-        found = entered.with_trainable(leading)
-        if found.training:
-            self.state.sampler.present(found.presence, in_part=True)  # until its forward
-        if found is entered:
+                    leading.add(before.droppable[k])
+        entered = before.with_trainable(leading)
+        if entered.training:
+            self.state.sampler.present(entered.presence, in_part=True)  # until its forward
+        if entered is before:
             return graph
-        whole = dataclasses.replace(graph, entered=found)
+        whole = dataclasses.replace(graph, entered=entered)
         whole.__dict__["planner"] = graph.planner
         return whole
 
@@ -192,6 +195,24 @@ class Lowering:
             variants.append(self.state.variants[key])
         return tuple(variants)
 
+    def _graph_memory(self, program: RegionProgram) -> GraphMemory | None:
+        """What the program's CUDA graphs share with those of others; ``None`` if it can have none."""
+        devices = [value.device for value in program.examples if isinstance(value, Tensor)]
+        device = max(devices, key=devices.count, default=torch.device("cpu"))
+        memory = self.state.graph_memory.get(device)
+        if memory is None:
+            capturing = _torch.graph_capture(device)
+            if capturing is None:
+                return None
+            memory = self.state.graph_memory[device] = GraphMemory(device, capturing)
+        why = why_unusable(program, device)
+        if why is None:
+            return memory
+        warnings.warn(
+            f"A graph runs without the CUDA graphs that were asked for: {why}.", CudaGraphsWarning, stacklevel=2
+        )
+        return None
+
     def runner(self, graph: CapturedGraph) -> RegionRunner:
         sampler = self.state.sampler
         graph.planner.plan(())  # most steps need these variants, and their joint graphs tell what branches cost
@@ -206,10 +227,11 @@ class Lowering:
             GraphPatterns(self.state, graph.indices, graph.below, graph.entered.presence),
             functools.partial(self._enter, graph),
         )
-        runner = RegionRunner(graph.planner, sources, below=graph.below)
+        memory = self._graph_memory(graph.program) if self.compiler.cuda_graphs else None
+        runner = RegionRunner(graph.planner, sources, below=graph.below, memory=memory)
         self.state.runners.append(runner)
         if self.state.step_watch is None:
-            self.state.step_watch = CompiledStepWatch(lambda: bool(sampler.branches.realised_rate()))
+            self.state.step_watch = CompiledStepWatch(sampler.branches.times_dropped)
         self.state.shortfall.watch_first_forwards()
         self.state.graphs.append(graph)
         if graph.program.has_symbols:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.captured import CapturedGraph
@@ -29,6 +29,7 @@ class Captures:
         inner: its inner compiler.
         sensitivity: of the branches, as measured last.
         shortfall: why less is dropped than was asked for: a text for each cause found so far.
+        models: those that the graphs are of, or parts of; not those that were let go of.
     """
 
     graphs: tuple[CapturedGraph, ...]
@@ -37,6 +38,7 @@ class Captures:
     inner: InnerCompiler
     sensitivity: Sensitivity | None
     shortfall: tuple[str, ...]
+    models: tuple[nn.Module, ...]
 
 
 class Rehearsal:
@@ -79,4 +81,5 @@ def _captures(config: BackendConfig, state: BackendState, graphs: Sequence[Captu
         inner=config.inner,
         sensitivity=state.sampler.rated.sensitivity,
         shortfall=state.shortfall.texts,
+        models=tuple(state.modules.outermost),
     )

@@ -53,7 +53,7 @@ class Shortfall:
         strict: raise instead of warning.
 
     Attributes:
-        breaks: the graph breaks met so far, in order.
+        breaks: the graph breaks found so far, in order.
         by_name: whether ``torch.compile`` was given a name, so that nobody has the object that a remedy is about.
     """
 

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
+import torch
 from torch import nn
 
 from dropbp_fx import _torch
@@ -19,6 +20,7 @@ from dropbp_fx.policy.presence import Presence
 from dropbp_fx.policy.rates import Rates
 from dropbp_fx.policy.sampler import PatternSampler
 from dropbp_fx.runtime.compiler import CompileCounts
+from dropbp_fx.runtime.device_graphs import GraphMemory
 from dropbp_fx.runtime.dispatch import RegionRunner
 from dropbp_fx.runtime.optimizers import CompiledStepWatch
 from dropbp_fx.runtime.recompute import SampledPattern
@@ -39,21 +41,22 @@ class BackendState:
     """
 
     sampler: PatternSampler
-    counts: CompileCounts
-    variants: dict[Hashable, RegionVariants]
-    runners: list[RegionRunner]
-    graphs: list[CapturedGraph]
-    modules: ModuleTree
-    models: Models
     observer: Observer
     listeners: list[Listener]
     shortfall: Shortfall
+    counts: CompileCounts = dataclasses.field(default_factory=CompileCounts)
+    variants: dict[Hashable, RegionVariants] = dataclasses.field(default_factory=dict)
+    runners: list[RegionRunner] = dataclasses.field(default_factory=list)
+    graphs: list[CapturedGraph] = dataclasses.field(default_factory=list)
+    modules: ModuleTree = dataclasses.field(default_factory=ModuleTree)
+    models: Models = dataclasses.field(default_factory=Models)
     calibration: Calibration | None = None
     calibrating_thread: int = 0
     holders: weakref.WeakValueDictionary[str, nn.Module] = dataclasses.field(
         default_factory=weakref.WeakValueDictionary
     )
     step_watch: CompiledStepWatch | None = None
+    graph_memory: dict[torch.device, GraphMemory] = dataclasses.field(default_factory=dict)
     handle: Callable[[], object] | None = None
     alive_with: weakref.WeakSet[nn.Module] | None = None
 
@@ -76,18 +79,7 @@ class BackendState:
         )
         listeners: list[Listener] = []
         shortfall = Shortfall(sampler, listeners, strict=config.strict)
-        return cls(
-            sampler,
-            CompileCounts(),
-            {},
-            [],
-            [],
-            ModuleTree(),
-            Models(),
-            Observer(sampler, policy.reallocate_every),
-            listeners,
-            shortfall,
-        )
+        return cls(sampler, Observer(sampler, policy.reallocate_every), listeners, shortfall)
 
     def live_with(self, modules: Iterable[nn.Module]) -> None:
         """Let a backend that was given by its name live for as long as any of these modules."""

@@ -8,6 +8,7 @@ import html
 from dropbp_fx.config import BackendConfig
 from dropbp_fx.policy.drop_policy import DropPolicy
 from dropbp_fx.policy.patterns import pattern_name
+from dropbp_fx.runtime.device_graphs import GraphMemory
 from dropbp_fx.state import BackendState
 
 
@@ -26,6 +27,7 @@ class BackendStats:
         unique_regions: regions with a structure of their own; equal layers count once.
         compiled_variants: compiled variants of regions.
         compile_seconds: time spent in the inner compiler.
+        recorded_cuda_graphs: CUDA graphs recorded of regions' forwards and backwards.
     """
 
     forwards: int
@@ -36,6 +38,7 @@ class BackendStats:
     unique_regions: int
     compiled_variants: int
     compile_seconds: float
+    recorded_cuda_graphs: int = 0
 
     @classmethod
     def of(cls, state: BackendState) -> BackendStats:
@@ -50,6 +53,7 @@ class BackendStats:
             unique_regions=counts.regions,
             compiled_variants=counts.variants,
             compile_seconds=counts.seconds,
+            recorded_cuda_graphs=sum(memory.recorded for memory in state.graph_memory.values()),
         )
 
 
@@ -76,7 +80,7 @@ def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
     branches = tuple(sampler.branches)
     droppable = sum(branch.droppable for branch in branches)
     return {
-        "policy": _policy(config.policy),
+        "policy": policy_text(config.policy),
         "rate": f"{sampler.rated.rate:g} asked for, "
         + (
             f"{sampler.branches.realised_rate():.3g} realised in {_counted(sampler.forwards, 'training forward')}"
@@ -89,10 +93,20 @@ def _rows(config: BackendConfig, state: BackendState) -> dict[str, str]:
         f"{_counted(counts.regions, 'region')} in {_counted(counts.graphs, 'graph')}",
         "compiler": config.inner if isinstance(config.inner, str) else "a pair of functions",
         "seed": str(config.seed),
-    }
+    } | {f"graphs on {device}": _graphs_text(memory) for device, memory in state.graph_memory.items()}
 
 
-def _policy(policy: DropPolicy) -> str:
+def _graphs_text(memory: GraphMemory) -> str:
+    """How many CUDA graphs there are, how much runs in them, and why the rest does not."""
+    others = memory.run_without.total()
+    if not memory.replayed + others:
+        return "none recorded yet"
+    share = memory.replayed / (memory.replayed + others)
+    text = f"{memory.recorded} recorded, which ran {share:.1%} of the branches' forwards"
+    return text if not others else f"{text}; most others: {memory.run_without.most_common(1)[0][0]}"
+
+
+def policy_text(policy: DropPolicy) -> str:
     """Its name, and what of it is not as by default."""
     pattern = pattern_name(policy.resolved_pattern)
     schedule = policy.schedule if isinstance(policy.schedule, str) else type(policy.schedule).__name__

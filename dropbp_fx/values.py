@@ -55,6 +55,34 @@ def checked_number(
     return number
 
 
+def checked_count(
+    what: str, value: Any, *, least: int, of: str | None = None, meaning: str = "", or_none: bool = False
+) -> int:
+    """A count of the user's as an ``int`` of at least ``least`` that every checkpoint can hold.
+
+    Args:
+        what: what the user calls it.
+        value: the count.
+        least: the lowest that is valid.
+        of: what is counted, for the sentence that refuses what is no count.
+        meaning: how the sentence goes on that refuses a lower one, with the sign that parts them.
+        or_none: ``None`` would have done as well.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is out of range.
+    """
+    number = as_int(value)
+    if number is None:
+        wanted = f"a whole number{f' of {of}' if of else ''}{' or None' if or_none else ''}"
+        raise TypeError(f"{what} must be {wanted}, not {shown(value)}.")
+    if number < least:
+        raise ValueError(f"{what} must be at least {least}, not {shown(value)}{meaning}.")
+    if number > LARGEST_COUNT:
+        raise ValueError(f"{what} must be less than 2**63, not {shown(value)}.")
+    return number
+
+
 def as_float(value: Any) -> float | None:
     """A real number as a float, infinite where floats end; ``None`` for what is none.
 

@@ -107,6 +107,7 @@ def assert_exact(
     patterns: Sequence[Collection[int]] | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-5,
+    what: str = "",
 ) -> None:
     """Compare ``run`` (the compiled ``model``) with the oracle for many patterns. ``points[i]`` drops branch i."""
     for pattern in some_patterns(len(points)) if patterns is None else patterns:
@@ -114,4 +115,4 @@ def assert_exact(
             actual = compiled(model, loss_of, run)
         expected = eager(model, loss_of, [points[index] for index in sorted(pattern)])
         assert len(backend.branches) == len(points), [branch.name for branch in backend.branches]
-        assert_equal(actual, expected, rtol=rtol, atol=atol, what=f"pattern {sorted(pattern)}")
+        assert_equal(actual, expected, rtol=rtol, atol=atol, what=f"{what}pattern {sorted(pattern)}")

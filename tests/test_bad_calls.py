@@ -174,7 +174,7 @@ def met() -> tuple[DropBPBackend, Any]:
 
 
 def calls(backend: DropBPBackend) -> list[tuple[str, Callable[[], Any]]]:
-    """Bad uses of a backend that has met its model."""
+    """Bad uses of a backend that has seen its model."""
     found: list[tuple[str, Callable[[], Any]]] = []
 
     def sets(attribute: str, values: list[Any], text: str) -> None:

@@ -18,6 +18,7 @@ from dropbp_fx.graph.normalise import normalise_inplace_adds
 from dropbp_fx.graph.values import mutated_by
 from tests.helpers import scale
 from tests.oracle import assert_exact
+from tests.selection import sweep, thorough
 
 D = 8
 
@@ -103,7 +104,7 @@ WAYS: dict[str, tuple[Callable[..., nn.Module], Callable[[Tensor, Tensor], Tenso
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sweep(WAYS, ["lora", "dora", "deepnorm", "dropout on the branch", "float32 stream"]))
 def test_a_branch_is_found_however_it_is_added_and_lora_is_none(way: str) -> None:
     linear, how = WAYS[way]
     x = torch.randn(2, 3, D)
@@ -144,7 +145,7 @@ class Parallel(nn.Module):
 
 @pytest.mark.parametrize(
     ("order", "shared_norm", "count"),
-    [("x+a+b", False, 2), ("a+b+x", True, 1), ("x+(a+b)", False, 1), ("x+(a+b)", True, 1)],
+    [("x+a+b", False, 2), thorough("a+b+x", True, 1), thorough("x+(a+b)", False, 1), ("x+(a+b)", True, 1)],
 )
 def test_parallel_attention_and_mlp_are_two_branches(order: str, shared_norm: bool, count: int) -> None:
     model = Stack(*(Parallel(order, shared_norm) for _ in range(count)))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dropbp_fx import dropbp_backend
 from tests.helpers import compile_model, recording_compilers
 from tests.oracle import assert_equal, assert_exact, compiled, eager
+from tests.selection import thorough
 from tests.test_models import SMALL, ResidualMLP, square_loss
 
 
@@ -32,11 +33,12 @@ def loss_on(ids: Tensor) -> Any:
 IDS = torch.arange(16).reshape(2, 8)
 
 
-def test_two_hundred_random_patterns_compile_nothing_new() -> None:
-    model = llama(4)
+@pytest.mark.parametrize("kind", ["mlp", thorough("llama")])
+def test_two_hundred_random_patterns_compile_nothing_new(kind: str) -> None:
+    model = llama(4) if kind == "llama" else ResidualMLP(depth=8)
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend)
-    loss = loss_on(IDS)
+    loss = loss_on(IDS) if kind == "llama" else square_loss
     loss(run).backward()
     backend.warmup()
     before = backend.stats
@@ -130,16 +132,24 @@ def test_saved_tensor_hooks_of_the_user_never_see_the_tracing() -> None:
     assert_equal(actual, eager(model, square_loss, ["blocks.1"]))
 
 
-def test_dynamic_shapes_are_exact_and_add_no_recompiles() -> None:
-    model = llama(2)
+@pytest.mark.parametrize("kind", ["mlp", thorough("llama")])
+def test_dynamic_shapes_are_exact_and_add_no_recompiles(kind: str) -> None:
+    model = llama(2) if kind == "llama" else ResidualMLP(depth=4)
     backend = dropbp_backend(inner="aot_eager")
     run = torch.compile(model, backend=backend, dynamic=True)
-    points = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
-    loss_on(IDS)(run).backward()
+    llamas = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
+    points = llamas if kind == "llama" else [f"blocks.{i}" for i in range(4)]
+
+    def loss_of_length(length: int) -> Any:
+        if kind == "llama":
+            return loss_on(torch.arange(2 * length).reshape(2, length))
+        x = torch.linspace(-1, 1, length * 8).reshape(length, 8)
+        return lambda m: m(x).square().mean()
+
+    loss_of_length(7)(run).backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (12, 5):
-            ids = torch.arange(2 * length).reshape(2, length)
-            assert_exact(model, run, backend, loss_on(ids), points, patterns=[(), (0,), (1, 2), (0, 1, 2)])
+            assert_exact(model, run, backend, loss_of_length(length), points, patterns=[(), (0,), (1, 2), (0, 1, 2)])
     assert backend.stats.graphs == 1
     assert len(backend.branches) == 4
 

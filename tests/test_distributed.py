@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib
 import json
 import math
@@ -322,6 +323,7 @@ DDP = [
 ]
 
 
+@pytest.mark.long
 def test_ddp(tmp_path: Path) -> None:
     in_two_processes(DDP, tmp_path)
 
@@ -721,6 +723,7 @@ def stages_that_were_not_told_apart(rank: int, folder: Path) -> None:
 PARTS = [tensor_parallel_layers, stages_of_a_pipeline, stages_that_were_not_told_apart]
 
 
+@pytest.mark.long
 def test_fsdp2_and_parts_of_a_model(tmp_path: Path) -> None:
     in_two_processes([*FSDP2, *PARTS], tmp_path)
 
@@ -985,6 +988,7 @@ AGREEMENT = [
 ]
 
 
+@pytest.mark.long
 def test_agreement(tmp_path: Path) -> None:
     in_two_processes(AGREEMENT, tmp_path)
 
@@ -999,6 +1003,7 @@ def test_gathers_of_a_model_without_shards_are_refused() -> None:
         skip_unneeded_gathers(Model())
 
 
+@pytest.mark.long
 def test_the_examples_train_and_go_on(tmp_path: Path) -> None:
     small = ["--inner", "aot_eager", "--layers", "2", "--width", "8", "--log-every", "2"]
     runs = []
@@ -1052,6 +1057,7 @@ def in_two_processes(checks: Sequence[Check], folder: Path) -> None:
 def _process(rank: int, names: Sequence[str], folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    gc.freeze()  # what the imports made
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)

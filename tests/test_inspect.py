@@ -370,7 +370,7 @@ class TestErrors:
             explain(square_loss, X)  # type: ignore[arg-type]
 
     def test_a_backend_that_has_met_nothing(self) -> None:
-        with pytest.raises(ValueError, match="has not met a training graph .* Run a training forward"):
+        with pytest.raises(ValueError, match="has not seen a training graph .* Run a training forward"):
             explain(dropbp_backend())
 
     def test_a_backend_with_arguments(self) -> None:

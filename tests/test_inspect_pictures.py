@@ -1,13 +1,11 @@
-"""Pictures and the report: what a graph shows for a pattern, heat maps, the page in a real browser."""
+"""Pictures: what a graph shows for a pattern, and heat maps."""
 
 from __future__ import annotations
 
 import functools
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +18,6 @@ from tests.test_models import IDS, SMALL, ResidualMLP, X, square_loss
 
 pytestmark = pytest.mark.thorough
 
-CHROME = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-CHROMEDRIVER = shutil.which("chromedriver")
 needs_graphviz = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz (the program dot) is not installed")
 
 
@@ -131,105 +127,3 @@ class TestDrawing:
         history.patterns.clear()
         with pytest.raises(ValueError, match="No training forward was recorded"):
             history.draw(tmp_path / "history.png")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    explained().save_html(path)
-    return path
-
-
-def test_the_page_is_self_contained_and_escapes(page: Path) -> None:
-    text = page.read_text()
-    for loading in ("src=", 'href="http', "@import", "url("):
-        assert loading not in text
-    assert text.count("<svg") == 1 + (4 if shutil.which("dot") else 0)
-    model = ResidualMLP()
-    type(model).__name__ = "<script>alert(1)</script>"
-    try:
-        hostile = explain(model, X, backend=dropbp_backend(inner="aot_eager"))
-    finally:
-        type(model).__name__ = "ResidualMLP"
-    hostile.save_html(page.with_name("hostile.html"))
-    assert "<script>alert" not in page.with_name("hostile.html").read_text()
-
-
-def test_without_graphviz_the_page_says_what_is_missing(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    explained().save_html(page.with_name("bare.html"))
-    assert "Install it (Debian and Ubuntu" in page.with_name("bare.html").read_text()
-
-
-def test_without_jinja2_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"needs jinja2 .* pip install 'dropbp-fx\[inspect\]'"):
-        explained().save_html(tmp_path / "report.html")
-
-
-@pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=str)
-def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A headless Chromium of a width and a colour scheme."""
-    if CHROME is None or CHROMEDRIVER is None:
-        pytest.skip("no chromium with a chromedriver is installed")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    width, scheme = request.param
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 700}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    driver.width, driver.scheme = width, scheme
-    yield driver
-    driver.quit()
-
-
-@pytest.mark.browser
-def test_the_page_in_a_browser(browser: Any, page: Path) -> None:
-    browser.get(page.as_uri())
-
-    def text(name: str) -> str:
-        return browser.execute_script("return document.getElementById(arguments[0]).textContent", name)
-
-    def set_rate(rate: float) -> None:
-        browser.execute_script(
-            "const s = document.getElementById('rate'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
-            rate,
-        )
-
-    for rate in (0.0, 0.5, 0.9):
-        set_rate(rate)
-        expected = explained().predict(rate)
-        assert text("rate-out") == f"{rate:.2f}"
-        assert float(text("cost").split()[0]) == pytest.approx(100 * expected.relative_cost, abs=0.06)
-        assert float(text("memory").split()[0]) == pytest.approx(100 * expected.relative_memory, abs=0.06)
-    set_rate(0.52)
-    between = float(text("cost").split()[0]) / 100
-    low, high = explained().predict(0.5).relative_cost, explained().predict(0.55).relative_cost
-    assert between == pytest.approx(low + 0.4 * (high - low), abs=6e-4)
-
-    if shutil.which("dot"):
-        browser.execute_script("document.getElementById('variant-2').click()")
-        shown = (
-            "return [...document.querySelectorAll('[data-variant]')].filter(g => !g.hidden).map(g => g.dataset.variant)"
-        )
-        assert browser.execute_script(shown) == ["2"]
-        hollow = "return document.querySelectorAll('[data-variant=\"2\"] .pruned').length"
-        assert browser.execute_script(hollow) == sum(node.pruned for node in view({1}).nodes)
-
-    cell = "return document.getElementById('heat-body').rows[0].cells[1].textContent"
-    before = browser.execute_script(cell)
-    browser.execute_script(
-        "const s = document.getElementById('heat-value'); s.value = 'rate'; s.dispatchEvent(new Event('change'))"
-    )
-    assert before != browser.execute_script(cell) == "0.50"
-
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= browser.width
-    back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, back[4:-1].split(","))) < 384) == (browser.scheme == "dark")
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dropbp_fx import dropbp_backend
 from tests.matrix import IDS, LLAMA_LIKE, language_loss
 from tests.oracle import DetachPoint, assert_exact
+from tests.selection import thorough
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -112,7 +113,7 @@ def test_gradients_agree_with_detach_for_every_kind_of_pattern(name: str) -> Non
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("case", [LLAMA, CASES["residual mlp"]], ids=["llama", "residual mlp"])
+@pytest.mark.parametrize("case", [thorough(LLAMA), CASES["residual mlp"]], ids=["llama", "residual mlp"])
 def test_gradients_agree_with_detach_under_inductor(case: Case) -> None:
     model = case.build().train()
     backend = dropbp_backend()
@@ -265,7 +266,7 @@ def test_dropout_draws_the_same_masks_as_eager() -> None:
     assert_exact(model, run, backend, loss, [f"blocks.{i}" for i in range(3)])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, thorough(torch.float16)])
 def test_half_precision_parameters(dtype: torch.dtype) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).to(dtype)
     backend = dropbp_backend(inner="aot_eager")

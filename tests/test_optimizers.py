@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -284,12 +283,16 @@ def test_full_fine_tuning_of_a_llama() -> None:
 
 
 def test_a_compiled_step_that_is_compiled_for_each_pattern_is_warned_of_once() -> None:
-    gc.collect()  # backends of other tests that dropped something would warn as well
     model = nn.Sequential(*(Residue() for _ in range(6)))
     backend = dropbp_backend(rate=0.5, seed=0, inner="aot_eager")
     run = torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
     step = torch.compile(optimizer.step, backend="eager")
+
+    other = nn.Sequential(*(Residue() for _ in range(6)))  # whose backend has nothing to do with this step
+    torch.compile(other, backend=dropbp_backend(rate=0.5, seed=0, inner="aot_eager"))(
+        torch.randn(4, 8)
+    ).sum().backward()
 
     def train() -> None:
         for _ in range(8):
@@ -300,6 +303,27 @@ def test_a_compiled_step_that_is_compiled_for_each_pattern_is_warned_of_once() -
     with pytest.warns(UserWarning, match=r"compiled anew for each pattern .* fused=True") as caught:
         train()
     assert sum("compiled anew" in str(warning.message) for warning in caught) == 1
+
+
+def test_several_backends_watch_one_compiled_step() -> None:
+    """What one of them has to say, or that one of them is gone, changes nothing for Dynamo and the others."""
+    models = [nn.Sequential(*(Residue() for _ in range(6))) for _ in range(3)]
+    backends = [dropbp_backend(rate=0.5, seed=number, inner="aot_eager") for number in range(3)]
+    runs = [torch.compile(model, backend=backend) for model, backend in zip(models, backends, strict=True)]
+    parameters = [p for model in models for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(1e-3))
+    step = torch.compile(optimizer.step, backend="eager")
+
+    def train() -> None:
+        for _ in range(6):
+            for run in runs:
+                run(torch.randn(4, 8)).square().sum().backward()
+            step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="compiled anew for each pattern") as caught:
+        train()
+    assert sum("compiled anew" in str(warning.message) for warning in caught) == 3
 
 
 class Residue(nn.Module):

@@ -23,14 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from dropbp_fx import NoResidualBranchWarning, dropbp_backend
 from tests.helpers import make_backend
 from tests.oracle import detached
+from tests.selection import sweep
 
 WIDTH = 8
 PATTERNS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (2,), (0, 2), (1, 2), (0, 1))
-
-
-def sweep(cases: Sequence[Any], quick: Collection[Any]) -> list[Any]:
-    """All ``cases``, those that are not among ``quick`` marked as thorough."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
 
 
 class Branch(nn.Module):
@@ -302,6 +298,12 @@ def test_a_forward_may_change_its_input_and_buffers_in_place(
     program: Callable[[Model, Tensor], Any], requires_grad: bool
 ) -> None:
     compare(program, requires_grad, plain=program is not learned_write)  # there plain saves what it then overwrites
+
+
+def test_a_default_device_changes_nothing() -> None:
+    """It is a mode that every call goes through, also while Dynamo traces."""
+    with torch.device(torch.get_default_device()):
+        compare(stream, True)
 
 
 # ---- hooks on tensors ------------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def test_what_is_refused() -> None:
         dropbp_backend().register("model")  # type: ignore[arg-type]
     model, backend = make()
     loss(model).backward()
-    with pytest.raises(RuntimeError, match="has met 8 branches already, and named them"):
+    with pytest.raises(RuntimeError, match="has found 8 branches already, and named them"):
         backend.register(model)
 
 

@@ -41,6 +41,7 @@ from dropbp_fx.policy.schedules import rate_schedule
 from tests.flops import FlopCounter
 from tests.helpers import compile_model, dropped_in, make_backend
 from tests.oracle import Result, assert_equal, assert_exact, compiled, detached, eager, some_patterns
+from tests.selection import sweep, thorough
 from tests.test_allocation import greedy
 from tests.test_calibration import LLAMA, llama
 from tests.test_models import IDS, SMALL, ResidualMLP, X, language_loss, square_loss
@@ -542,7 +543,7 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         ),
         ({"hold": 0}, ValueError, r"hold must be at least 1, not 0"),
         ({"hold": 2.5}, TypeError, r"hold must be a whole number of forwards, not 2\.5"),
-        ({"hold": None}, TypeError, r"hold must be a whole number of forwards, not None; 1 samples in each of them"),
+        ({"hold": None}, TypeError, r"hold must be a whole number of forwards, not None\."),
         ({"hold": True}, TypeError, r"hold must be a whole number of forwards, not True"),
         ({"pattern": "layers[:]"}, ValueError, r"LayersPattern needs a start or a stop: all layers of a model cannot"),
         ({"pattern": "layers[5:3]"}, ValueError, r"with start=5, stop=3 there are none\. Let stop be behind start"),
@@ -638,7 +639,7 @@ def backward_flops_of_eager(model: Any, points: list[str]) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("lowest", [0, 3, 7])
+@pytest.mark.parametrize("lowest", sweep([0, 3, 7], [3]))
 def test_below_the_lowest_kept_branch_of_a_model_frozen_below_no_gradient_work_is_done(lowest: int) -> None:
     """Adapters on a frozen model: not one operation below, and no input gradient at the lowest."""
     model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SMALL, "num_hidden_layers": 4}))
@@ -786,7 +787,7 @@ def weights_oracle(model: nn.Module, loss_of: Callable[[Any], Tensor], modules: 
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("make", [ResidualMLP, llama], ids=["mlp", "llama"])
+@pytest.mark.parametrize("make", [ResidualMLP, thorough(llama)], ids=["mlp", "llama"])
 def test_dropping_weights_leaves_all_other_gradients_exact(make: Callable[[], nn.Module]) -> None:
     model = make()
     loss_of = square_loss if isinstance(model, ResidualMLP) else language_loss
@@ -814,7 +815,10 @@ def below_oracle(
     return eager(model, loss_of, [points[index] for index in sorted(pattern)] + ([stem] if 0 in pattern else []))
 
 
-@pytest.mark.parametrize("case", ["mlp", "llama", "llama, layers compiled", "llama, layers checkpointed"])
+@pytest.mark.parametrize(
+    "case",
+    sweep(["mlp", "llama", "llama, layers compiled", "llama, layers checkpointed"], ["mlp", "llama, layers compiled"]),
+)
 def test_nothing_below_the_first_kept_branch_is_trained(case: str) -> None:
     model = ResidualMLP() if case == "mlp" else llama()
     loss_of, points, stem = (

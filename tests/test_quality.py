@@ -618,6 +618,7 @@ def cells(table: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.long
 def test_the_command_writes_records_and_prints_gaps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], workshop: Workshop
 ) -> None:
@@ -641,6 +642,7 @@ def test_the_command_writes_records_and_prints_gaps(
 # ---- long runs and pictures ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_long_run_is_watched_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workshop = Workshop("tiny", "cpu", "aot_eager", tmp_path, steps=40)
     found = list(endure(workshop, TASK, "progressive freezing", 0.5, learning_rate=1e-3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -131,8 +132,11 @@ BLOCKS = st.lists(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
+def examples(count: int) -> settings:
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+networks = given(
     blocks=BLOCKS,
     repeat=st.booleans(),
     frozen_stem=st.booleans(),
@@ -140,7 +144,23 @@ BLOCKS = st.lists(
     dynamic=st.booleans(),
     bits=st.lists(st.integers(0, 2**7 - 1), min_size=3, max_size=3),
 )
-def test_random_networks_agree_with_detach(
+
+
+@examples(4)
+@networks
+def test_random_networks_agree_with_detach(**network: Any) -> None:
+    check_network(**network)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+@examples(12)
+@networks
+def test_more_random_networks_agree_with_detach(**network: Any) -> None:
+    check_network(**network)
+
+
+def check_network(
     blocks: list[Any], repeat: bool, frozen_stem: bool, outputs: bool, dynamic: bool, bits: list[int]
 ) -> None:
     torch._dynamo.reset()
@@ -182,8 +202,7 @@ class Stack(nn.Module):
         return self.head(x).square().mean()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
+stacks = given(
     blocks=st.lists(
         st.tuples(st.sampled_from(WAYS_ALONE), st.tuples(KINDS, KINDS)),
         min_size=2,
@@ -191,7 +210,23 @@ class Stack(nn.Module):
     ),
     bits=st.lists(st.integers(0, 2**7 - 1), min_size=3, max_size=3),
 )
-def test_below_the_first_kept_branch_the_stream_is_detached(blocks: list[Any], bits: list[int]) -> None:
+
+
+@examples(4)
+@stacks
+def test_below_the_first_kept_branch_the_stream_is_detached(**stack: Any) -> None:
+    check_stack(**stack)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+@examples(12)
+@stacks
+def test_below_the_first_kept_branch_of_more_networks_the_stream_is_detached(**stack: Any) -> None:
+    check_stack(**stack)
+
+
+def check_stack(blocks: list[Any], bits: list[int]) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Stack(blocks)

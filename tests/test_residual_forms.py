@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dropbp_fx import dropbp_backend
 from dropbp_fx.graph.naming import module_path
 from tests.oracle import DetachPoint, assert_exact
+from tests.selection import sweep
 from tests.test_branches import search
 
 D, TOKENS, STREAMS = 8, 4, 3
@@ -188,9 +189,7 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in FORMS]
-)
+@pytest.mark.parametrize("name", sweep(FORMS, QUICK))
 def test_a_form_of_residual_add_is_found_and_exact(name: str) -> None:
     form, detached = FORMS[name]
     model = Network(form)
@@ -280,7 +279,7 @@ class HyperNetwork(nn.Module):
 
 @pytest.mark.parametrize(
     "how",
-    ["static", "dynamic", *(pytest.param(how, marks=pytest.mark.thorough) for how in HYPER)],
+    sweep(["static", "dynamic", *HYPER], ["dynamic"]),
 )
 def test_hyper_connections_are_found_and_the_weights_of_their_streams_keep_their_gradients(how: str) -> None:
     model = HyperNetwork(how)

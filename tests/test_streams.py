@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from dropbp_fx import dropbp_backend
 from tests.helpers import compile_model
 from tests.oracle import Result, assert_equal
+from tests.selection import thorough
 from tests.streams import REFUSED, D, check_program
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**9))
 def test_programs_of_several_streams_agree_with_detach(seed: int) -> None:
     check_program(seed)
@@ -27,11 +29,17 @@ def test_an_output_that_is_a_view_of_an_input_does_not_turn_missing_gradients_in
     check_program(11276)
 
 
+@pytest.mark.long
 @pytest.mark.thorough
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(10**9, 2 * 10**9))
-def test_many_programs_of_several_streams_agree_with_detach(seed: int) -> None:
-    check_program(seed)
+@pytest.mark.parametrize("part", range(4))
+def test_many_programs_of_several_streams_agree_with_detach(part: int) -> None:
+    @hypothesis.seed(part)
+    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(seed=st.integers(10**9, 2 * 10**9))
+    def check(seed: int) -> None:
+        check_program(seed)
+
+    check()
 
 
 class Coupled(nn.Module):
@@ -63,8 +71,13 @@ def loss_of(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else torch.stack([value.square().mean() for value in result]).sum()
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("ending", ["one head", "loss", "heads", "raw"])
+@pytest.mark.parametrize(
+    ("ending", "layers"),
+    [
+        *[("one head", 3), ("loss", 1), ("raw", 3)],
+        *[thorough(*case) for case in (("one head", 1), ("loss", 3), ("heads", 1), ("heads", 3), ("raw", 1))],
+    ],
+)
 def test_every_branch_of_coupled_streams_is_found_and_dropped_alone(ending: str, layers: int) -> None:
     model = Coupled(layers, ending)
     backend, run = compile_model(model)
@@ -216,7 +229,7 @@ class SharedTerm(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("layers", [2, thorough(4)])
 def test_a_term_that_all_layers_share_is_no_stream(layers: int) -> None:
     model = SharedTerm(layers)
     backend, run = compile_model(model)

@@ -313,7 +313,7 @@ def test_a_training_set_without_indices_is_refused_before_anything_is_compiled(t
 
 
 def test_a_model_that_was_not_compiled_is_noticed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="the backend of DropBPCallback has not met it: nothing is dropped"):
+    with pytest.raises(RuntimeError, match="the backend of DropBPCallback has not seen it: nothing is dropped"):
         run(tmp_path, None, DropBPCallback(make()))
 
 

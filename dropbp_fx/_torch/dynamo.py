@@ -60,11 +60,15 @@ def _tracked_codes(convert_frame: Any) -> list[Any]:
     return [code for code in (reference() for reference in tracked) if code is not None]
 
 
-def on_compiled(look: Callable[[Any], None]) -> Any:
-    """Call ``look`` with each code object that Dynamo has compiled, until the handle's ``remove()``."""
+def on_compiled(look: Callable[[Any], None]) -> None:
+    """Call ``look`` with each code object that Dynamo has compiled, from now on.
+
+    The hook is never removed: that could happen, by itself or by the collector, while Dynamo iterates over its hooks, and is
+    an error there. Let ``look`` refer weakly to whom it serves.
+    """
     from torch._dynamo.convert_frame import register_bytecode_hook
 
-    return register_bytecode_hook(lambda code, _: look(code))
+    register_bytecode_hook(lambda code, _: look(code))
 
 
 def is_cut_by_ddp_optimizer(gm: fx.GraphModule) -> bool:

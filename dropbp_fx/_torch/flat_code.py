@@ -31,10 +31,15 @@ class BoxedCode:
         self._call = code if getattr(code, "_boxed_call", False) else make_boxed_func(code)
         self._resolved = False
 
+    @property
+    def function(self) -> Any:
+        """What is called in the end."""
+        return getattr(self._call, "current_callable", None) or self._call
+
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
         made: Sequence[Any] = self._call(arguments)
         if not self._resolved:
-            self._call, self._resolved = getattr(self._call, "current_callable", None) or self._call, True
+            self._call, self._resolved = self.function, True
         return made
 
 
@@ -104,7 +109,7 @@ class Capture:
         self._backward: Any = None
         self._metadata: Any = None
         self._gradients: tuple[bool, ...] = ()
-        self._tangents: tuple[tuple[torch.dtype, torch.device], ...] = ()
+        self._tangents: tuple[TangentLike, ...] = ()
 
     def forward(self, code: Any) -> Any:
         self._note_metadata()
@@ -116,7 +121,11 @@ class Capture:
         self._gradients = tuple(value is not None for value in output.args[0])
         self._note_metadata()
         traced = [] if self._metadata is None else self._metadata.traced_tangents
-        self._tangents = tuple((value.dtype, value.device) for value in traced if isinstance(value, torch.Tensor))
+        self._tangents = tuple(
+            TangentLike(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
+            for value in traced
+            if isinstance(value, torch.Tensor)
+        )
         self._backward = code
         return code
 
@@ -142,14 +151,9 @@ class Capture:
             return FlatCode(BoxedCode(self._forward), None)
         carries = [getattr(info, "requires_grad_for_backward", info.requires_grad) for info in meta.output_info]
         tangents = tuple(position for position, carried in enumerate(carries) if carried)
-        formats = [getattr(tangent, "memory_format", None) for tangent in meta.subclass_tangent_meta]
-        if not len(formats) == len(tangents) == len(self._tangents):
+        sizes = [size for like in self._tangents for size in (*like.size, *like.stride)]
+        if len(tangents) != len(self._tangents) or any(isinstance(size, torch.SymInt) for size in sizes):
             return None
-        like: list[TangentLike] = []
-        for known, (dtype, device) in zip(formats, self._tangents, strict=True):
-            if known is None or known.size is None:
-                return None
-            like.append(TangentLike(tuple(known.size), tuple(known.stride), dtype, device))
         if len(self._gradients) != len(meta.input_info) or _saves_more_than_tensors(meta):
             return None
         return FlatCode(
@@ -157,7 +161,7 @@ class Capture:
             backward=BoxedCode(self._backward),
             unsafe_views=tuple(meta.unsafe_view_out_indices),
             tangents=tangents,
-            tangent_like=tuple(like),
+            tangent_like=self._tangents,
             graded=tuple(position for position, gets in enumerate(self._gradients) if gets),
             donated=tuple(meta.bw_donated_idxs or ()),
             deterministic=bool(meta.deterministic),

@@ -36,7 +36,7 @@ class BranchName:
 
 
 class ModuleTree:
-    """The outermost modules of the graphs met so far, and models that were registered.
+    """The outermost modules of the graphs seen so far, and models that were registered.
 
     After a graph break, or where layers are compiled one by one, Dynamo hands over a part of a model as a graph of its
     own, whose paths start at that part; its branches are named from the model, if the model was seen before.
@@ -45,8 +45,13 @@ class ModuleTree:
     def __init__(self) -> None:
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+    @property
+    def outermost(self) -> list[nn.Module]:
+        """The modules seen so far that are part of no other one, those that are still there."""
+        return list(self._roots)
+
     def roots_around(self, module: nn.Module) -> list[nn.Module]:
-        """``module`` and the modules met before that hold it."""
+        """``module`` and the modules seen before that hold it."""
         return [module, *(root for root in list(self._roots) if root is not module and module in set(root.modules()))]
 
     def register(self, model: nn.Module) -> None:
@@ -57,11 +62,11 @@ class ModuleTree:
         self._roots.add(model)
 
     def knows(self, module: nn.Module) -> bool:
-        """Whether ``module`` is a module met before or a part of one."""
+        """Whether ``module`` is a module seen before or a part of one."""
         return any(part is module for root in list(self._roots) for part in root.modules())
 
     def path_of(self, module: nn.Module) -> str:
-        """Where ``module`` sits in a module met before; empty for a new or outermost one, which is remembered."""
+        """Where ``module`` sits in a module seen before; empty for a new or outermost one, which is remembered."""
         if module not in self._roots:
             for root in list(self._roots):
                 for path, part in root.named_modules():
@@ -71,7 +76,7 @@ class ModuleTree:
         return ""
 
     def place_of(self, parameters: Sequence[Tensor], names: Sequence[str]) -> tuple[nn.Module, str] | None:
-        """Where the module is that calls ``parameters`` by these ``names``: in which module met before, and its path there.
+        """Where the module is that calls ``parameters`` by these ``names``: in which module seen before, and its path there.
         ``None`` if no such module is known.
         """
         for root in list(self._roots):

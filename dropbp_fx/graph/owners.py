@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Models:
-    """Numbers models, from 1, in the order in which they were met.
+    """Numbers models, from 1, in the order in which they were first seen.
 
     A model is known by its modules: the outermost one of a compiled graph, and those around it that were running. They are
     held weakly. A new model takes the number of one that is no more, and the names of its branches with it.
@@ -24,10 +24,6 @@ class Models:
         """Take ``model`` for one of its own, whatever it runs inside of."""
         self._registered.add(model)
         self.number_of([model], ())
-
-    def is_gone(self, number: int) -> bool:
-        """Whether no module of a model lives any more."""
-        return number <= len(self._members) and not len(self._members[number - 1])
 
     def number_of(self, roots: Sequence[nn.Module], running: Iterable[nn.Module]) -> tuple[int, bool]:
         """The number of the model that a graph with these outermost modules belongs to, and whether it has just become it.

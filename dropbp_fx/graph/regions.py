@@ -65,6 +65,7 @@ class RegionProgram:
         constants: slots that hold a tensor the graph owns.
         outputs: for each graph output its slot, or a one-element list holding a constant.
         writes: inputs that are written to; what they shall hold comes last in ``outputs``.
+        staying: slots of what lies in one place at every call: parameters and buffers of modules.
     """
 
     regions: tuple[Region, ...]
@@ -75,6 +76,7 @@ class RegionProgram:
     constants: dict[int, Any]
     outputs: tuple[int | list[Any], ...]
     writes: InputWrites = dataclasses.field(default_factory=InputWrites)
+    staying: frozenset[int] = frozenset()
 
     @property
     def returned(self) -> frozenset[int]:
@@ -239,6 +241,7 @@ def _read_program(
     regions: list[Region] = []
     calls: dict[fx.Node, list[int]] = {}
     outputs: tuple[int | list[Any], ...] = ()
+    staying: set[int] = set()
 
     numbers = itertools.count()
 
@@ -253,6 +256,8 @@ def _read_program(
             else:
                 inputs.append(slot_of[node])
                 examples.append(example_value(node))
+                if _torch.stays_in_place(node):
+                    staying.add(slot_of[node])
         elif node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(split)
             slot_of[node] = new_slot()
@@ -286,7 +291,14 @@ def _read_program(
                 slot_of[argument] if isinstance(argument, fx.Node) else [argument] for argument in node.args[0]
             )
     return RegionProgram(
-        tuple(regions), next(numbers), tuple(inputs), tuple(examples), tuple(scales), constants, outputs
+        tuple(regions),
+        next(numbers),
+        tuple(inputs),
+        tuple(examples),
+        tuple(scales),
+        constants,
+        outputs,
+        staying=frozenset(staying),
     )
 
 

@@ -24,7 +24,7 @@ def capture(
     """The training graphs that a new backend makes of ``model(*args, **kwargs)``.
 
     A model in one graph is captured with one trace and no operator run. A model that Dynamo breaks into several has its
-    operators run on fake tensors, so that the later graphs are met.
+    operators run on fake tensors, so that the later graphs are seen.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -32,7 +32,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"explain() takes a torch.nn.Module, or a backend that has met its model, not {type(model).__name__}. Pass "
+            f"explain() takes a torch.nn.Module, or a backend that has seen its model, not {type(model).__name__}. Pass "
             "the module itself and the arguments of its forward."
         )
     model = _torch.original_module(model)
@@ -40,7 +40,7 @@ def capture(
     arguments = _torch.tree_map_only(torch.Tensor, lambda t: _torch.fake_copy(t, mode), (tuple(args), dict(kwargs)))
     try:
         return _captures(fake_copy(model, mode), arguments, mode, rehearse(), whole=True)
-    except _torch.unsupported_code():  # a graph break: what the first rehearsal has met is a part of the model
+    except _torch.unsupported_code():  # a graph break: what the first rehearsal has seen is a part of the model
         return _captures(fake_copy(model, mode), arguments, mode, rehearse(), whole=False)
 
 

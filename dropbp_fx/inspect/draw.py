@@ -54,8 +54,13 @@ def svg(view: GraphView, names: Mapping[int, str], title: str, *, detail: bool =
     return text[text.index("<svg") :]
 
 
+def can_draw() -> bool:
+    """Whether Graphviz is installed."""
+    return shutil.which("dot") is not None
+
+
 def _layout(graph: Any, kind: str) -> bytes:
-    if shutil.which("dot") is None:
+    if not can_draw():
         raise RuntimeError(
             f"Drawing a graph as .{kind} needs Graphviz, whose program 'dot' was not found. Install it (Debian and Ubuntu: "
             "apt install graphviz; macOS: brew install graphviz), or draw to a file ending in .dot."

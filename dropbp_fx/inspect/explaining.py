@@ -16,6 +16,7 @@ from dropbp_fx.inspect.capture import capture
 from dropbp_fx.inspect.costs import CostModel
 from dropbp_fx.inspect.explanation import Explanation
 from dropbp_fx.inspect.figures import ExplainedBranch
+from dropbp_fx.inspect.given import Given, captured_inputs, describe_given, given_arguments
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.rehearsal import Captures, Rehearsal, captures_of
 
@@ -43,7 +44,7 @@ def explain(
 
     Raises:
         TypeError: ``model`` is neither a module nor a backend, or ``backend`` is no backend.
-        ValueError: a backend that has not met a model, or one with arguments.
+        ValueError: a backend that has not seen a model, or one with arguments.
         RuntimeError: the model cannot be traced on fake tensors.
     """
     if isinstance(model, DropBPBackend):
@@ -64,7 +65,7 @@ def explain(
     return _explained(
         type(_torch.original_module(model)).__name__,
         captures,
-        rate=asked.rate,
+        given=describe_given([model], given_arguments(model, args, kwargs), captures.policy, asked.rate),
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
@@ -74,17 +75,24 @@ def _explain_live(backend: DropBPBackend) -> Explanation:
     captures = captures_of(backend)
     if not captures.graphs:
         raise ValueError(
-            "This backend has not met a training graph with residual branches, so there is nothing to explain. Run a "
+            "This backend has not seen a training graph with residual branches, so there is nothing to explain. Run a "
             "training forward of the compiled model first, or pass the model to explain()."
         )
-    return _explained("backend", captures, rate=backend.rate, parameters=None, trainable=None)
+    given = describe_given(
+        captures.models,
+        captured_inputs(captures.graphs),
+        captures.policy,
+        backend.rate,
+        forwards=backend.stats.forwards,
+    )
+    return _explained("backend", captures, given=given, parameters=None, trainable=None)
 
 
 def _explained(
     model: str,
     captures: Captures,
     *,
-    rate: float,
+    given: Given,
     parameters: int | None,
     trainable: int | None,
 ) -> Explanation:
@@ -101,11 +109,11 @@ def _explained(
                 explained[branch.index] = branch
     return Explanation(
         model=model,
+        given=given,
         branches=[explained[index] for index in sorted(explained)],
         graphs=captures.graphs,
         costs=costs,
         granularity=captures.policy.granularity,
-        rate=rate,
         inner=inner if isinstance(inner, str) else "custom",
         pattern=captures.policy.resolved_pattern,
         parameters=parameters,

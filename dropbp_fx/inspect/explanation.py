@@ -20,6 +20,8 @@ class Explanation(Findings):
 
     Attributes:
         model: class name of the model, or "backend" for an explanation of a live backend.
+        given: the model inside of adapters and wrappers, and what it was given: inputs, dtypes, what is trained, rate,
+            policy and device.
         branches: the residual branches in execution order.
         rejected: adds that were looked at and not taken for a branch: pairs (name of the graph node, reason).
         shortfall: why less is dropped than is asked for, as far as it is known: a sentence or two for each cause, as in

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dropbp_fx.captured import CapturedGraph
 from dropbp_fx.inspect.costs import CostModel, PatternCost
 from dropbp_fx.inspect.figures import ExplainedBranch, Prediction
+from dropbp_fx.inspect.given import Given
 from dropbp_fx.inspect.patterns import sample_patterns
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.drop_policy import checked_rate
@@ -28,11 +29,11 @@ class Findings:
         self,
         *,
         model: str,
+        given: Given,
         branches: Sequence[ExplainedBranch],
         graphs: Sequence[CapturedGraph],
         costs: CostModel,
         granularity: Granularity,
-        rate: float,
         inner: str,
         pattern: Pattern,
         parameters: int | None,
@@ -40,11 +41,12 @@ class Findings:
         shortfall: Sequence[str] = (),
     ) -> None:
         self.model = model
+        self.given = given
         self.branches = tuple(branches)
         self.rejected = tuple(item for graph in graphs for item in graph.rejected)
         self.shortfall = tuple(shortfall)
         self.granularity = granularity
-        self.rate = rate
+        self.rate = given.rate
         self.inner = inner
         self.pattern = pattern_name(pattern)
         self._pattern = pattern

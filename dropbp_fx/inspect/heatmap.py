@@ -85,7 +85,7 @@ def draw(findings: Findings, path: Path, value: str) -> None:
     step = max(1, len(table.layers) // 40)
     axes.set_yticks(range(0, len(table.layers), step), table.layers[::step])
     canvas.colorbar(image, label=VALUES[value])
-    axes.set_title(findings.model)
+    axes.set_title(findings.given.model)
     canvas.savefig(path, dpi=120)
     pyplot.close(canvas)
 

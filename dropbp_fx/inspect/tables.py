@@ -64,7 +64,8 @@ def _one_or_range(column: Sequence[str]) -> str:
 
 def text(findings: Findings, style: str = "simple") -> str:
     """The tables of an explanation in one of tabulate's styles, with a line above and one below."""
-    lines = [headline(findings), "", branch_table(findings, style), "", prediction_table(findings, style)]
+    given = textwrap.wrap(f"Given: {', '.join(findings.given.facts)}.", 120)
+    lines = [headline(findings), *given, "", branch_table(findings, style), "", prediction_table(findings, style)]
     for sentence in findings.shortfall:
         lines += ["", *textwrap.wrap(sentence, 120)]
     return "\n".join([*lines, "", *textwrap.wrap(footnote(findings), 120)])
@@ -73,7 +74,7 @@ def text(findings: Findings, style: str = "simple") -> str:
 def headline(findings: Findings) -> str:
     """One sentence on the model and one on what is compiled for it."""
     droppable = len(findings.droppable)
-    what = f"{findings.model}: {_count(len(findings.branches), 'residual branch', 'residual branches')}"
+    what = f"{findings.given.model}: {_count(len(findings.branches), 'residual branch', 'residual branches')}"
     if droppable != len(findings.branches):
         what += f", {droppable} of them droppable"
     if findings.parameters is not None and findings.trainable_parameters is not None:
@@ -183,6 +184,7 @@ def as_dict(findings: Findings, rates: Iterable[float]) -> dict[str, Any]:
     return {
         "version": _JSON_VERSION,
         "model": findings.model,
+        "given": dataclasses.asdict(findings.given),
         "versions": _torch.versions(),
         "granularity": findings.granularity,
         "rate": findings.rate,

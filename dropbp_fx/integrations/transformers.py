@@ -117,7 +117,7 @@ class DropBPCallback(TrainerCallback):
                 )
             own = tuple(calibration_batches)
         count = calibration_batches if own is None else len(own)
-        check_calibration(_loss_of, metric, count, progress_bar=True)
+        check_calibration(metric, count)
         if schedule is not None:
             backend.schedule = schedule
         self.backend = backend
@@ -187,7 +187,7 @@ class DropBPCallback(TrainerCallback):
         """Put the state where the Trainer's next checkpoint finds it."""
         if not self.backend.stats.graphs:
             raise RuntimeError(
-                "The model was trained for a step, and the backend of DropBPCallback has not met it: nothing is dropped. "
+                "The model was trained for a step, and the backend of DropBPCallback has not seen it: nothing is dropped. "
                 "Call model.compile(backend=backend) with this backend before making the Trainer."
             )
         _states(state)[_KEY] = self.state_dict()

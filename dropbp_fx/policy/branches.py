@@ -122,10 +122,14 @@ class BranchTable:
         """The branches of one model, in the order they were first found."""
         return self._by_model.get(model, ())
 
+    def times_dropped(self) -> int:
+        """How many (branch, training forward) pairs were dropped."""
+        return sum(branch.times_dropped for branch in self)
+
     def realised_rate(self) -> float:
         """The share of (branch, training forward) pairs that was dropped, of those that could be."""
         seen = sum(branch.times_seen for branch in self)
-        return sum(branch.times_dropped for branch in self) / seen if seen else 0.0
+        return self.times_dropped() / seen if seen else 0.0
 
     def realised_flops_rate(self) -> float:
         """The same, branches counting by the backward FLOPs that dropping them saves."""

@@ -21,7 +21,7 @@ from dropbp_fx.policy.patterns import Pattern, PatternName, SampleFunction, know
 from dropbp_fx.policy.rates import Allocation, check_attainable
 from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_schedule
 from dropbp_fx.policy.units import Granularity
-from dropbp_fx.values import LARGEST_COUNT, Drop, as_int, checked_number, shown
+from dropbp_fx.values import Drop, checked_count, checked_number, shown
 
 PolicyName = Literal["dropbp", "freezing", "progressive_freezing", "lisa"]
 #: The graphs have the same choices of their own (:mod:`dropbp_fx.graph.regions`): this room must not know theirs.
@@ -90,15 +90,15 @@ class DropPolicy:
         )
         rate, max_rate = checked_rate(self.rate), checked_max_rate(self.max_rate)
         check_attainable(rate, self.allocation, max_rate)
-        every = _checked_count("reallocate_every", self.reallocate_every)
+        every = self.reallocate_every
+        if every is not None:
+            every = checked_count("reallocate_every", every, least=1, of="forwards", or_none=True)
         if every is not None and self.allocation != "sensitivity":
             raise ValueError(
                 f"reallocate_every={every} re-allocates rates by a running estimate of sensitivities, which "
                 f"allocation={self.allocation!r} does not use. Pass allocation='sensitivity' with it."
             )
-        hold = _checked_count("hold", self.hold)
-        if hold is None:
-            raise TypeError("hold must be a whole number of forwards, not None; 1 samples in each of them.")
+        hold = checked_count("hold", self.hold, least=1, of="forwards")
         if not isinstance(self.rescale, bool):
             raise TypeError(f"rescale must be True or False, not {shown(self.rescale)}.")
         pattern, schedule = resolve_pattern(self.pattern), checked_schedule(self.schedule)
@@ -231,20 +231,6 @@ def _check_name(field: str, value: Any, names: Any, meaning: str) -> None:
     valid = get_args(names)
     if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, valid))}, not {shown(value)}: {meaning}.")
-
-
-def _checked_count(field: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    count = as_int(value)
-    if count is None:
-        or_none = " or None" if field == "reallocate_every" else ""
-        raise TypeError(f"{field} must be a whole number of forwards{or_none}, not {shown(value)}.")
-    if count < 1:
-        raise ValueError(f"{field} must be at least 1, not {shown(count)}.")
-    if count > LARGEST_COUNT:
-        raise ValueError(f"{field} must be less than 2**63, not {shown(count)}.")
-    return count
 
 
 def checked_max_rate(rate: Any) -> float:

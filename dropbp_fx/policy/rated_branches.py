@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dropbp_fx.policy.branches import Branch, BranchTable
 from dropbp_fx.policy.flops import BranchFlops
@@ -52,19 +53,16 @@ class RatedBranches:
     @rate.setter
     def rate(self, rate: float) -> None:
         """Give all branches one rate; rates that were set by hand are taken back."""
-        with self._lock:
-            check_attainable(rate, self.rates.allocation, self.rates.max_rate)
-            self._go_by(dataclasses.replace(self.rates, rate=rate, by_hand={}))
+        check_attainable(rate, self.rates.allocation, self.rates.max_rate)
+        self._change(rate=rate, by_hand={})
 
     def set_by_hand(self, by_hand: Mapping[str, float]) -> None:
         """Let these branches have rates of their own, and no others."""
-        with self._lock:
-            self._go_by(dataclasses.replace(self.rates, by_hand=by_hand))
+        self._change(by_hand=by_hand)
 
     def reschedule(self, schedule: ScheduleName | RateSchedule) -> None:
         """Let the rate depend on progress in another way from now on."""
-        with self._lock:
-            self._go_by(dataclasses.replace(self.rates, schedule=schedule))
+        self._change(schedule=schedule)
 
     @property
     def progress(self) -> float:
@@ -73,7 +71,7 @@ class RatedBranches:
     @progress.setter
     def progress(self, progress: float) -> None:
         with self._lock:
-            self._go_by(dataclasses.replace(self.rates, progress=progress))
+            self._change(progress=progress)
             self.progress_told = True
 
     def set_sensitivities(self, sensitivity: Sensitivity) -> None:
@@ -81,7 +79,7 @@ class RatedBranches:
         with self._lock:
             by_name = dict(zip(sensitivity.names, sensitivity.values, strict=True))
             known, measured = without_unreached(tuple(self.table), by_name, sensitivity)
-            self._go_by(dataclasses.replace(self.rates, sensitivities=known))
+            self._change(sensitivities=known)
             self.sensitivity = measured
 
     def expect_progress(self, rounds: int) -> None:
@@ -106,11 +104,11 @@ class RatedBranches:
         with self._lock:
             self.flops.update_branches()
             known, self.sensitivity = without_unreached(tuple(self.table), self.rates.sensitivities, self.sensitivity)
-            self._go_by(dataclasses.replace(self.rates, sensitivities=known))
+            self._change(sensitivities=known)
 
     def assign(self) -> None:
         """Give every branch the rate that is its due now."""
-        self._go_by(self.rates)
+        self._change()
 
     def become(
         self,
@@ -127,13 +125,14 @@ class RatedBranches:
             self.present.version += 1
             self._set_rates(rates, of_branches)
 
-    def _go_by(self, rates: Rates) -> None:
-        """Give every branch the rate that is its due by ``rates``, from now on.
+    def _change(self, **fields: Any) -> None:
+        """Change these ``fields`` of the rates, and give every branch the rate that is then its due.
 
         Raises:
             TypeError, ValueError: there is none; then nothing has changed.
         """
         with self._lock:
+            rates = dataclasses.replace(self.rates, **fields)
             self._set_rates(rates, rates.of(tuple(self.table)))
 
     def _set_rates(self, rates: Rates, of_branches: Sequence[float]) -> None:

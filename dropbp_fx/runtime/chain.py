@@ -21,7 +21,9 @@ from torch import Tensor
 
 from dropbp_fx import _torch
 from dropbp_fx.runtime.copies import exact_copy
+from dropbp_fx.runtime.graphed import GraphedForward
 from dropbp_fx.runtime.plan import Step
+from dropbp_fx.runtime.recorded import RecordedRegion
 from dropbp_fx.runtime.second_order import refusing_second_derivatives, way_to
 from dropbp_fx.runtime.undefined import UndefinedGradients
 
@@ -34,6 +36,7 @@ class _ChainedStep:
     """One region in a chain.
 
     Attributes:
+        step: the region's part in the plan.
         inputs: slots it reads.
         outputs: slots it writes.
         dead: slots that nobody reads afterwards.
@@ -47,6 +50,7 @@ class _ChainedStep:
         donated: positions in what was saved of the tensors that the backward may write over.
     """
 
+    step: Step
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
@@ -65,7 +69,7 @@ class Chain:
 
     Args:
         steps: consecutive steps of a plan, all with flat code.
-        needed: slots that are read after the last of them.
+        needed: slots that are read after the last of them (not kept).
     """
 
     def __init__(self, steps: Sequence[Step], needed: Collection[int]) -> None:
@@ -84,38 +88,63 @@ class Chain:
         codes = [step.flat for step in steps if step.flat is not None and not step.forward_only]
         self._deterministic = all(code.deterministic for code in codes)
 
-    def run(self, values: list[Any]) -> None:
-        """Run the regions on ``values``, which is indexed by slots."""
+    def run(self, values: list[Any], graphed: GraphedForward | None = None) -> None:
+        """Run the regions on ``values``, which is indexed by slots; as CUDA graphs where ``graphed`` has some."""
         if not self.carrying:
             with torch.no_grad():
-                self.forward(values)
+                self.forward(values, graphed)
             return
         wanted = [values[slot] for slot in self.wanted]
-        carried = _ChainFunction.apply(self, values, [way_to(wanted)], *wanted)
+        carried = _ChainFunction.apply(self, values, [way_to(wanted)], graphed, *wanted)
         for slot, value in zip(self.carrying, carried, strict=True):
             values[slot] = value
 
-    def forward(self, values: list[Any]) -> list[Sequence[Any]]:
+    def forward(self, values: list[Any], graphed: GraphedForward | None) -> list[Sequence[Any] | RecordedRegion]:
         """Run the forwards; for each region that has a backward what it saved."""
-        saved: list[Sequence[Any]] = []
+        saved: list[Sequence[Any] | RecordedRegion] = []
         with _no_autocast():
             for step in self._steps:
-                arguments = [values[slot] for slot in step.inputs]
+                recorded = None if graphed is None else graphed.forward(step.step, values)
+                if recorded is not None:
+                    outputs: Sequence[Any] = [value.detach() for value in recorded.outputs]
+                    if step.backward is not None:
+                        saved.append(recorded)
+                else:
+                    outputs = self._run(step, values, saved, graphed)
                 for slot in step.dead:
                     values[slot] = None
-                made = step.forward(arguments)
-                count = len(step.outputs)
-                if step.backward is not None:
-                    saved.append(made[count:])
-                for slot, value in zip(step.outputs, made[:count] if len(made) > count else made, strict=True):
+                for slot, value in zip(step.outputs, outputs, strict=True):
                     values[slot] = value
-                for position in step.unsafe_views:
-                    slot = step.outputs[position]
-                    values[slot] = _torch.unsafe_view(values[slot])
                 for slot in step.dead:
                     if slot in step.outputs:
                         values[slot] = None
         return saved
+
+    def _run(
+        self,
+        step: _ChainedStep,
+        values: list[Any],
+        saved: list[Sequence[Any] | RecordedRegion],
+        graphed: GraphedForward | None,
+    ) -> Sequence[Any]:
+        """Run one region's code; its outputs."""
+        if graphed is None:
+            arguments = [values[slot] for slot in step.inputs]
+            for slot in step.dead:
+                values[slot] = None
+            made = step.forward(arguments)
+        else:
+            arguments = graphed.arguments(step.step, values)
+            for slot in step.dead:
+                values[slot] = None
+            made = graphed.first_run(step.step, arguments)
+        count = len(step.outputs)
+        if step.backward is not None:
+            saved.append(made[count:])
+        outputs = list(made[:count])
+        for position in step.unsafe_views:
+            outputs[position] = _torch.unsafe_view(outputs[position])
+        return outputs
 
     def check(self) -> None:
         """Refuse a backward that the regions' code is not compiled for.
@@ -129,24 +158,49 @@ class Chain:
                 "before the forward, so that the backward is compiled accordingly."
             )
 
-    def backward(self, saved: list[list[Any]], gradients: dict[int, Tensor], *, again: bool) -> None:
+    def backward(
+        self,
+        saved: list[list[Any] | RecordedRegion],
+        gradients: dict[int, Tensor],
+        *,
+        again: bool,
+        graphed: GraphedForward | None = None,
+    ) -> None:
         """Run the backwards.
 
         Args:
             saved: what :meth:`forward` gave; emptied.
             gradients: by slot those of what the chain hands on; becomes those of what it took.
             again: what was saved may be needed once more.
+            graphed: the forward's, if it used CUDA graphs.
         """
         with _no_autocast():
             for step in reversed(self._steps):
                 if step.backward is None:
                     for slot, source in step.passed:
-                        _add(gradients, source, gradients.pop(slot, None))
+                        gradient = gradients.pop(slot, None)
+                        if graphed is not None and gradient is not None:
+                            graphed.handed_on(slot, source, gradient, gradients)
+                        _add(gradients, source, gradient)
                     continue
-                arguments = saved.pop()
+                kept = saved.pop()
                 defined = [position for position, slot, _ in step.tangents if slot in gradients]
                 if not defined:
                     continue
+                if isinstance(kept, RecordedRegion):
+                    if graphed is not None and not again and len(defined) == len(step.tangents):
+                        found = graphed.backward(step.step, kept, step.tangents, step.graded, gradients)
+                        if found is not None:
+                            for slot, gradient in found:
+                                _add(gradients, slot, gradient)
+                            continue
+                    arguments = list(kept.saved)
+                else:
+                    arguments = kept
+                if graphed is not None:
+                    for _, slot, _ in step.tangents:
+                        if slot in gradients:
+                            gradients[slot] = graphed.own(slot, gradients[slot])
                 if again:
                     for position in step.donated:
                         arguments[position] = exact_copy(arguments[position])
@@ -167,18 +221,21 @@ def _chained_step(step: Step) -> _ChainedStep:
     forward_only = step.forward_only or code.backward is None
     graded: list[int | None] = []
     if not forward_only:
-        with_gradient = set(code.graded)
-        graded = [slot if position in with_gradient else None for position, slot in enumerate(step.inputs)]
+        graded = [None] * len(step.inputs)
+        for position in code.graded:
+            graded[position] = step.inputs[position]
+    tangents: tuple[tuple[int, int, _torch.TangentLike], ...] = ()
+    if not forward_only:
+        tangents = tuple((j, step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True))
     return _ChainedStep(
+        step=step,
         inputs=step.inputs,
         outputs=step.outputs,
         dead=step.dead,
         forward=code.forward,
         backward=None if forward_only else code.backward,
         unsafe_views=code.unsafe_views,
-        tangents=()
-        if forward_only
-        else tuple((j, step.outputs[j], like) for j, like in zip(code.tangents, code.tangent_like, strict=True)),
+        tangents=tangents,
         undefined=step.undefined,
         graded=tuple(graded),
         passed=tuple((step.outputs[position], source) for position, source in step.passed),
@@ -194,18 +251,15 @@ def chained(steps: Sequence[Step], held_back: Sequence[int], returned: Collectio
         held_back: for each of them the bytes of its parameters' gradients.
         returned: slots that are read after the last step.
     """
-    needed_after: list[set[int]] = []
-    needed = set(returned)
-    for step in reversed(steps):
-        needed_after.append(set(needed))
-        needed.update(step.inputs)
-        needed.update(source for _, source in step.passed)
-    needed_after.reverse()
     parts: list[Chain | Step] = []
-    for first, last in _runs(steps, held_back):
+    needed = set(returned)
+    for first, last in reversed(list(_runs(steps, held_back))):
         mine = steps[first:last]
-        parts.append(Chain(mine, needed_after[last - 1]) if mine[0].flat is not None else mine[0])
-    return tuple(parts)
+        parts.append(Chain(mine, needed) if mine[0].flat is not None else mine[0])
+        for step in mine:
+            needed.update(step.inputs)
+            needed.update(source for _, source in step.passed)
+    return tuple(reversed(parts))
 
 
 def _runs(steps: Sequence[Step], held_back: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -246,35 +300,60 @@ def _no_autocast() -> contextlib.AbstractContextManager[Any]:
 
 class _ChainFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: Chain, values: list[Any], way: list[Tensor | None], *wanted: Tensor) -> Any:
-        saved = chain.forward(values)
-        ctx.chain, ctx.way = chain, way[0]
-        ctx.counts = [len(mine) for mine in saved]
+    def forward(
+        ctx: Any,
+        chain: Chain,
+        values: list[Any],
+        way: list[Tensor | None],
+        graphed: GraphedForward | None,
+        *wanted: Tensor,
+    ) -> Any:
+        saved = chain.forward(values, graphed)
+        ctx.chain, ctx.way, ctx.graphed = chain, way[0], graphed
+        ctx.kept = [len(mine) if not isinstance(mine, RecordedRegion) else mine for mine in saved]
+        tensors = [value for mine in saved if not isinstance(mine, RecordedRegion) for value in mine]
+        if graphed is not None:
+            graphed.opened()
+            tensors.append(torch.empty(0))  # PyTorch refuses a second backward only of what saved some tensor
         # a view would keep its base, and its base's version, alive in autograd's eyes
-        ctx.save_for_backward(*[value.detach() if _torch.is_view(value) else value for mine in saved for value in mine])
+        ctx.save_for_backward(*[value.detach() if _torch.is_view(value) else value for value in tensors])
         ctx.set_materialize_grads(False)
         return tuple([values[slot] for slot in chain.carrying])
 
     @staticmethod
     def backward(ctx: Any, *tangents: Any) -> Any:
         chain: Chain = ctx.chain
+        graphed: GraphedForward | None = ctx.graphed if all(map(_torch.has_memory, tangents)) else None
         chain.check()
         everything = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
-        saved: list[list[Any]] = []
+        saved: list[list[Any] | RecordedRegion] = []
         start = 0
-        for count in ctx.counts:
-            saved.append(list(everything[start : start + count]))
-            start += count
+        for kept in ctx.kept:
+            if isinstance(kept, RecordedRegion):
+                saved.append(kept)
+                continue
+            saved.append(list(everything[start : start + kept]))
+            start += kept
         del everything
         gradients = {
             slot: tangent for slot, tangent in zip(chain.carrying, tangents, strict=True) if tangent is not None
         }
         if not torch.is_grad_enabled():
             del tangents
+        again = _torch.keeps_graph()
         with torch.no_grad():
-            chain.backward(saved, gradients, again=_torch.keeps_graph())
+            if graphed is None:
+                chain.backward(saved, gradients, again=again)
+            else:
+                with graphed.running():
+                    chain.backward(saved, gradients, again=again, graphed=graphed)
+                    for slot in chain.wanted:
+                        if slot in gradients:
+                            gradients[slot] = graphed.own(slot, gradients[slot])
+                if not again:
+                    graphed.closed()
         found = [gradients.get(slot) for slot in chain.wanted]
         if torch.is_grad_enabled():
             found = refusing_second_derivatives(found, ctx, ctx.way, tangents)
-        return None, None, None, *found
+        return None, None, None, None, *found

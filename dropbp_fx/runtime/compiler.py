@@ -16,6 +16,8 @@ from dropbp_fx.graph.prune import prune_cache_key, prune_pass
 
 InnerCompiler = Literal["inductor", "aot_eager"] | tuple[_torch.CompileFunction, _torch.CompileFunction]
 
+_CUDA_GRAPHS = "triton.cudagraphs"
+
 
 @dataclasses.dataclass
 class CompileCounts:
@@ -49,6 +51,11 @@ class Compiler:
     options: Mapping[str, Any]
     counts: CompileCounts
     activation_memory_budget: float | None = None
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether CUDA graphs are asked for: Inductor's of whole graphs, this package's of regions."""
+        return bool(self.options.get(_CUDA_GRAPHS))
 
     def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
@@ -88,6 +95,11 @@ class Compiler:
         with torch.no_grad():
             return self._timed(gm, inputs, None)
 
+    @property
+    def _options_of_regions(self) -> Mapping[str, Any]:
+        """Inductor's own graphs would copy what regions hand to each other, and could not be composed to patterns."""
+        return {**self.options, _CUDA_GRAPHS: False} if self.cuda_graphs else self.options
+
     def _timed(
         self,
         gm: fx.GraphModule,
@@ -104,7 +116,7 @@ class Compiler:
                 return _torch.compile_with_inductor(
                     gm,
                     inputs,
-                    options=self.options,
+                    options=self._options_of_regions if flat else self.options,
                     joint_pass=joint_pass,
                     cache_key="" if dropped is None else prune_cache_key(dropped),
                     flat=flat,

@@ -15,6 +15,8 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.regions import Region, RegionProgram
 from dropbp_fx.runtime.chain import Chain, chained
 from dropbp_fx.runtime.copies import exact_copy
+from dropbp_fx.runtime.device_graphs import DeviceGraphs, GraphMemory
+from dropbp_fx.runtime.graphed import GraphedForward
 from dropbp_fx.runtime.per_module import PerModule
 from dropbp_fx.runtime.plan import Planner, Step
 from dropbp_fx.runtime.recompute import PatternMemory, SampledPattern
@@ -96,15 +98,19 @@ class RegionRunner:
         planner: knows the graph's regions and their variants, and what they do in any pattern.
         sources: asked at each forward, for the module that the graph then runs for.
         below: whether patterns may leave untrained what runs before the lowest kept branch.
+        memory: regions run as CUDA graphs that share it.
     """
 
-    def __init__(self, planner: Planner, sources: PerModule[PatternSource], *, below: bool) -> None:
+    def __init__(
+        self, planner: Planner, sources: PerModule[PatternSource], *, below: bool, memory: GraphMemory | None = None
+    ) -> None:
         self._planner = planner
         self._program = planner.program
         self._writes = planner.program.writes
         self._variants = planner.variants
         self._below = below
         self._sources = sources
+        self._graphs = None if memory is None else DeviceGraphs(planner, memory)
         self._scales: dict[int, tuple[float, Tensor]] = {}
         self._memory = PatternMemory()
         self._plans: collections.OrderedDict[tuple[frozenset[int], bool], _Plan] = collections.OrderedDict()
@@ -128,11 +134,7 @@ class RegionRunner:
         del arguments
         leaves = [] if plan.stored is None else plan.stored.leaves(values)
         if observation is None and not _torch.saved_tensor_hooks_are_set():
-            for part in plan.parts:
-                if isinstance(part, Chain):
-                    part.run(values)
-                else:
-                    _run_step(part, values)
+            self._run_parts(plan, values)
         else:  # hooks on saved tensors bring back what one autograd node saved all at once
             for step in plan.steps:
                 if observation is None or step.forward_only:
@@ -142,6 +144,24 @@ class RegionRunner:
         if plan.stored is not None:
             plan.stored.refuse_gradients(values, leaves)
         return self._outputs(values, written)
+
+    def _run_parts(self, plan: _Plan, values: list[Any]) -> None:
+        graphed = None if self._graphs is None else GraphedForward.begin(self._graphs, plan.steps)
+        if graphed is None:
+            for part in plan.parts:
+                if isinstance(part, Chain):
+                    part.run(values)
+                else:
+                    _run_step(part, values)
+            return
+        with graphed.running():
+            for part in plan.parts:
+                if isinstance(part, Chain):
+                    part.run(values, graphed)
+                else:
+                    graphed.unshare(part.inputs, values)
+                    _run_step(part, values)
+        graphed.closed()
 
     def _calibrate(self, calibration: Calibrating, source: PatternSource, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Run with nothing dropped, every region isolated, and driven by ``calibration``."""

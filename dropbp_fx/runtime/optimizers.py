@@ -17,12 +17,15 @@ class CompiledStepWatch:
     """Counts how often Dynamo compiles an optimizer's step, and warns once.
 
     Args:
-        drops: tells whether anything has been dropped.
+        dropped: tells how often branches have been dropped so far. A step that is compiled with nothing dropped since the
+            last time is not about this backend's gradients.
     """
 
-    def __init__(self, drops: Callable[[], bool]) -> None:
-        self._drops = drops
+    def __init__(self, dropped: Callable[[], int]) -> None:
+        self._dropped = dropped
+        self._seen = 0
         self._counts: dict[types.CodeType, int] = {}
+        self._said = False
         me = weakref.ref(self)
 
         def look(code: types.CodeType) -> None:
@@ -30,16 +33,19 @@ class CompiledStepWatch:
             if watch is not None:
                 watch.look(code)
 
-        self._handle = _torch.on_compiled(look)
-        weakref.finalize(self, self._handle.remove)
+        _torch.on_compiled(look)
 
     def look(self, code: types.CodeType) -> None:
         """Take note of code that Dynamo has compiled."""
-        if code.co_name != "step" or "optim" not in code.co_filename or not self._drops():
+        if self._said or code.co_name != "step" or "optim" not in code.co_filename:
             return
+        dropped = self._dropped()
+        if dropped == self._seen:
+            return
+        self._seen = dropped
         self._counts[code] = self._counts.get(code, 0) + 1
         if self._counts[code] > _USUAL:
-            self._handle.remove()
+            self._said = True
             warnings.warn(
                 "A compiled optimizer step is being compiled anew for each pattern of missing gradients, and will run "
                 "eagerly once Dynamo's recompile limit is reached. Leave optimizer.step uncompiled and make the optimizer "

@@ -30,7 +30,7 @@ from dropbp_fx.sensitivity.isolated import Gradients, RegionRecord, run_isolated
 from dropbp_fx.sensitivity.random_streams import RandomStreams, random_streams_kept
 from dropbp_fx.sensitivity.sensitivity import Metric
 from dropbp_fx.sensitivity.step_graph import StepGraph
-from dropbp_fx.values import shown
+from dropbp_fx.values import shown, takes
 
 
 @dataclasses.dataclass
@@ -316,6 +316,23 @@ def calibrate(
             finally:
                 calibration.restore()
             on_batch(found)
+
+
+def check_call(step: object, progress_bar: object) -> None:
+    """Refuse a step that cannot be called, and what is no choice of a progress bar.
+
+    Raises:
+        TypeError: what is wrong, and what would do.
+    """
+    if not callable(step):
+        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {shown(step)}.")
+    if not takes(step):
+        raise TypeError(
+            f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
+            "lambda: loss_of(batch), say."
+        )
+    if not isinstance(progress_bar, bool):
+        raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
 
 
 def _check_loss(loss: Any) -> None:

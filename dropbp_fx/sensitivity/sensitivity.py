@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from tabulate import tabulate
 
-from dropbp_fx.values import LARGEST_COUNT, as_int, shown, takes
+from dropbp_fx.values import checked_count, shown
 
 Metric = Literal["gradnorm", "gradient"]
 
@@ -58,29 +58,12 @@ class Sensitivity:
         return cls(samples[0].names, values, samples[0].metric, batches)
 
 
-def check_calibration(step: Any, metric: Any, batches: Any, progress_bar: Any) -> None:
-    """Refuse bad arguments of a calibration.
+def check_calibration(metric: Any, batches: Any) -> None:
+    """Refuse what is no metric, and no number of batches.
 
     Raises:
         TypeError, ValueError: what is wrong, and what would do.
     """
-    if not callable(step):
-        raise TypeError(f"step must be a function that runs a forward and returns its loss, not {shown(step)}.")
     if not isinstance(metric, str) or metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(map(repr, get_args(Metric)))}, not {shown(metric)}.")
-    number = as_int(batches)
-    if number is None:
-        raise TypeError(f"batches must be a whole number, not {shown(batches)}.")
-    if number < 1:
-        raise ValueError(
-            f"batches must be at least 1, not {shown(batches)}: there is nothing to measure without a step."
-        )
-    if number > LARGEST_COUNT:
-        raise ValueError(f"batches must be less than 2**63, not {shown(batches)}.")
-    if not takes(step):
-        raise TypeError(
-            f"step must be a function that is called without arguments, but {shown(step)} takes some: pass "
-            "lambda: loss_of(batch), say."
-        )
-    if not isinstance(progress_bar, bool):
-        raise TypeError(f"progress_bar must be True or False, not {shown(progress_bar)}.")
+    checked_count("batches", batches, least=1, meaning=": there is nothing to measure without a step")
