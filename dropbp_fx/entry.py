@@ -85,7 +85,6 @@ def named_backend(**options: Any) -> DropBPBackend:
     Raises:
         TypeError, ValueError: an unknown option or environment variable, or a bad value.
     """
-    gc.collect()  # the backend of a model that is no more, be it only in a cycle, is not the next one's
     return dropbp.of(options)
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -64,18 +64,23 @@ class NamedBackends:
             TypeError, ValueError: an unknown option or variable, or a bad value, before anything is compiled.
         """
         running = set(_torch.calling_modules().running)  # first: frames whose locals are looked at keep them
-        if not self._serves(self._config_of(options), running):
-            gc.collect()  # an earlier model that is no more must not hand on its state, be it only in a cycle
-        return self.of(options)(gm, example_inputs, mode=mode)
+        return self.of(options, running)(gm, example_inputs, mode=mode)
 
-    def of(self, options: Mapping[str, Any] | None) -> DropBPBackend:
+    def of(self, options: Mapping[str, Any] | None, running: Collection[nn.Module] = ()) -> DropBPBackend:
         """The backend that the name stands for with these options; made if there is none.
+
+        Args:
+            options: as they are given to ``torch.compile``.
+            running: the modules that it is wanted for, where that is known.
 
         Raises:
             TypeError, ValueError: an unknown option or variable, or a bad value.
         """
         config = self._config_of(options)  # checked before anything is looked up: as keys, False and 0 are equal
         found = self._found(config)
+        if found is not None and found.modules is not None and found.modules.isdisjoint(running):
+            gc.collect()  # an earlier model that is no more must not hand on its state, be it only in a cycle
+            found = self._found(config)
         if found is not None:
             return found()
         state = BackendState.of(config)
@@ -101,11 +106,6 @@ class NamedBackends:
     def _found(self, config: BackendConfig) -> _Known | None:
         # By what it was made from: a schedule that was set since is in the backend's own configuration.
         return next((known for known in self._working() if known.config == config), None)
-
-    def _serves(self, config: BackendConfig, running: set[nn.Module]) -> bool:
-        """Whether the backend of a configuration, if there is one, works for one of the modules that run."""
-        found = self._found(config)
-        return found is None or found.modules is None or bool(running.intersection(found.modules))
 
     def _config_of(self, options: Mapping[str, Any] | None) -> BackendConfig:
         given = dict(options or {})
@@ -139,7 +139,6 @@ class _Known:
             state = self.state()
             assert state is not None
             backend = DropBPBackend(self.config, state)
-            backend.schedule = state.sampler.rated.rates.schedule  # it may have been set through an earlier object
             self._backend = weakref.ref(backend)
         return backend
 

@@ -86,7 +86,7 @@ class Shortfall:
         Raises:
             Exception: an ``error``, where the backend is strict.
         """
-        if self.by_name and "backend.register(" in text:
+        if self.by_name and _REGISTER in text:
             text += _BY_NAME_TEXT
         known = cause in self._texts
         self._texts.setdefault(cause, text)
@@ -242,7 +242,10 @@ def _trains(optimizer: torch.optim.Optimizer, parameters: Sequence[weakref.ref[T
     return any(id(p) in known and p.grad is not None for group in groups for p in group["params"])
 
 
-#: What a remedy calls the backend.
+#: What sentences advise for layers of one model.
+_REGISTER = "call backend.register(model) before its first forward"
+
+#: What that is where nobody has the object.
 _BY_NAME_TEXT = (
     " The backend was given by its name: before the first forward call dropbp_fx.named_backend().register(model), with the "
     "options that torch.compile gets, if any; later dropbp_fx.current() is the backend."
@@ -318,8 +321,7 @@ def sharing_text(names: Sequence[str]) -> str:
     return (
         f"One compiled graph serves several modules, so their branches ({', '.join(names)}) count as the same ones, and "
         "each module's forward as one of its own. One branch is kept in each of these forwards, so less is dropped than was "
-        "asked for. If they are layers of one model, call backend.register(model) before its first forward; if they are "
-        "models of their own, register each of them."
+        f"asked for. If they are layers of one model, {_REGISTER}; if they are models of their own, register each of them."
     )
 
 
@@ -327,8 +329,8 @@ def namesakes_text(name: str, known: nn.Module, other: nn.Module) -> str:
     """Two modules inside of one other look like one."""
     return (
         f"Two modules of class {type(known).__name__} and {type(other).__name__} have a branch named {name!r}, and run "
-        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
-        "backend.register(model) before its first forward; if they are models of their own, register each of them."
+        "inside of one other module, so their branches count as the same ones. If they are layers of one model, "
+        f"{_REGISTER}; if they are models of their own, register each of them."
     )
 
 
@@ -363,8 +365,7 @@ def _rate_text(sampler: PatternSampler, count: int, asked: float, attainable: fl
     trainable = sum(branch.trainable for branch in sampler.branches if branch.droppable)
     models = len(sampler.branches.models)
     apart = (
-        f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, call "
-        "backend.register(model) before its first forward."
+        f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, {_REGISTER}."
         if models > 1
         else ""
     )

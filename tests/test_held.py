@@ -198,3 +198,7 @@ def test_a_range_of_layers_has_one_name() -> None:
     assert DropPolicy(pattern=LayersPattern(0, 8)).pattern == "layers[:8]"
     with pytest.raises(TypeError, match=r"stop must be a whole number, the place of a layer, or None, not 'two'\."):
         LayersPattern(0, "two")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"stop must be the place of a layer, at most 999999999, not 1000000000\."):
+        LayersPattern(0, 10**9)
+    farthest = LayersPattern(-(10**9) + 1, 10**9 - 1)
+    assert DropPolicy(pattern=farthest).resolved_pattern == farthest

@@ -547,6 +547,7 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         ({"hold": True}, TypeError, r"hold must be a whole number of forwards, not True"),
         ({"pattern": "layers[:]"}, ValueError, r"LayersPattern needs a start or a stop: all layers of a model cannot"),
         ({"pattern": "layers[5:3]"}, ValueError, r"with start=5, stop=3 there are none\. Let stop be behind start"),
+        ({"pattern": "layers[-4:0]"}, ValueError, r"with start=-4, stop=0 there are none\. Let stop be behind start"),
         ({"pattern": "layers[1:2:3]"}, ValueError, r"no pattern named .* and such as 'layers\[:8\]'"),
         ({"rescale": 1}, TypeError, r"rescale must be True or False, not 1"),
         ({"schedule": "cosine"}, ValueError, r"no schedule named 'cosine'; the names are 'constant', 'ramp_up'"),

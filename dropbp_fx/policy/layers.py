@@ -12,6 +12,8 @@ from dropbp_fx.policy.contiguous import Line
 from dropbp_fx.values import as_int, shown
 
 _NAME = re.compile(r"layers\[\s*(?P<start>-?\d{0,9})\s*:\s*(?P<stop>-?\d{0,9})\s*\]", re.ASCII)
+#: The greatest number that a name can have.
+_FARTHEST = 10**9 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,13 @@ class LayersPattern:
             bounds[name] = None if value is None else as_int(value)
             if value is not None and bounds[name] is None:
                 raise TypeError(f"{name} must be a whole number, the place of a layer, or None, not {shown(value)}.")
+            if abs(bounds[name] or 0) > _FARTHEST:
+                raise ValueError(f"{name} must be the place of a layer, at most {_FARTHEST}, not {shown(value)}.")
         start, stop = bounds["start"] or None, bounds["stop"]  # a start at 0 is none
         if start is None and stop is None:
             raise ValueError("LayersPattern needs a start or a stop: all layers of a model cannot be dropped.")
         ends = 0 if start is None else start
-        if stop is not None and stop <= ends and (stop < 0) == (ends < 0):
+        if stop == 0 or (stop is not None and stop <= ends and (stop < 0) == (ends < 0)):
             raise ValueError(
                 f"LayersPattern drops the layers from start to before stop, and with start={start}, stop={stop} there are "
                 "none. Let stop be behind start."
