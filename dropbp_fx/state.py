@@ -82,7 +82,10 @@ class BackendState:
         return cls(sampler, Observer(sampler, policy.reallocate_every), listeners, shortfall)
 
     def live_with(self, modules: Iterable[nn.Module]) -> None:
-        """Let a backend that was given by its name live for as long as any of these modules."""
+        """Let a backend that was given by its name live for as long as any of these modules.
+
+        Nothing in the state may hold a module of them: neither would ever be let go of.
+        """
         if self.handle is None:
             return
         for module in modules:
