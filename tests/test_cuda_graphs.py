@@ -172,17 +172,16 @@ def test_memory_that_is_not_needed_any_more_is_given_up(
     assert_exact(model, run, backend, loss_of, POINTS, patterns=PATTERNS)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.sets(st.integers(0, DEPTH - 1), max_size=DEPTH - 1), min_size=1, max_size=12))
-def test_any_sequence_of_patterns_is_exact(patterns: list[set[int]]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        if where().type == "cpu":
-            patch.setattr(_torch, "graph_capture", lambda _device: Replayed())
-        torch._dynamo.reset()
-        model = Residual()
-        backend, run = compiled_with_graphs(model)
+def test_any_sequence_of_patterns_is_exact(warm: tuple[Residual, DropBPBackend, Any]) -> None:
+    model, backend, run = warm
+
+    @settings(max_examples=25, deadline=None, database=None)
+    @given(st.lists(st.sets(st.integers(0, DEPTH - 1), max_size=DEPTH - 1), min_size=1, max_size=8))
+    def any_sequence(patterns: list[set[int]]) -> None:
         for seed, pattern in enumerate(patterns):
             step(model, run, backend, sorted(pattern), seed)
+
+    any_sequence()
 
 
 # ---- forwards and backwards in other orders ------------------------------------------------------------------------------
@@ -220,8 +219,9 @@ def warm(graphs: Replayed | None) -> tuple[Residual, DropBPBackend, Any]:
     model = Residual()
     backend, run = compiled_with_graphs(model)
     for _ in range(3):
-        for seed, pattern in BATCHES:
-            step(model, run, backend, pattern, seed)
+        for _, pattern in BATCHES:
+            with backend.pinned(pattern):
+                compiled(model, loss_of, run)
     model.zero_grad(set_to_none=True)
     return model, backend, run
 
@@ -498,13 +498,26 @@ def test_where_the_results_of_code_lie_is_seen_in_its_first_run() -> None:
     assert all(placement.fills[k] for k, kind in enumerate(kinds) if kind == "allocation")
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("asked", ["option", "setting", "neither"])
+def test_graphs_are_asked_for_by_an_option_or_by_inductors_setting(graphs: Replayed | None, asked: str) -> None:
+    options = {"triton.cudagraphs": True} if asked == "option" else None
+    backend = dropbp_backend(rate=0.0, options=options)
+    run = torch.compile(Residual(), backend=backend)
+    with torch._inductor.config.patch({"triton.cudagraphs": asked == "setting"}):
+        for _ in range(3):
+            loss_of(run).backward()
+    assert (recorded(backend) > 0) == (asked != "neither")
+
+
 # ---- what is said --------------------------------------------------------------------------------------------------------
 
 
 def test_the_backend_shows_what_was_recorded(warm: tuple[Residual, DropBPBackend, Any]) -> None:
     model, backend, run = warm
-    for _ in range(20):
-        step(model, run, backend, [1])
+    with backend.pinned([1]):
+        for _ in range(20):
+            compiled(model, loss_of, run)
     assert backend.stats.recorded_cuda_graphs == recorded(backend) > 0
     shown = repr(backend)
     assert f"graphs on {where().type}" in shown

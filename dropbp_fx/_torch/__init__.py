@@ -18,15 +18,16 @@ from dropbp_fx._torch.autograd import (
     version_of,
     without_autocast,
 )
+from dropbp_fx._torch.budgets import activation_memory_budget
 from dropbp_fx._torch.checkpoints import CheckpointCall, running_checkpoints
 from dropbp_fx._torch.compiling import (
     CompileFunction,
     JointPass,
-    activation_memory_budget,
     compile_with_aot_autograd,
     compile_with_inductor,
     inductor_mode_options,
     inductor_option_names,
+    inductor_setting,
     repeatable_backward,
     run_graph_eagerly,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_mode_options",
     "inductor_option_names",
+    "inductor_setting",
     "is_capturing",
     "is_compiled",
     "is_cut_by_ddp_optimizer",

@@ -4,10 +4,9 @@
 | --- | --- |
 | ``torch._inductor.compile_fx.compile_fx`` with ``joint_custom_pre_pass`` | prune the joint graph before partitioning |
 | ``torch._dynamo.backends.common.aot_autograd`` | the same for any other pair of forward/backward compilers |
-| ``functorch.compile.min_cut_rematerialization_partition`` | partition a pruned joint graph as Inductor does |
+| ``torch._inductor`` option ``custom_partitioner_fn`` | partition so that a memory budget changes no gradient |
 | ``torch._dynamo.backends.debugging.boxed_nop`` | run a traced graph as it is |
 | ``torch._functorch.config.force_non_lazy_backward_lowering`` | a variant's backward is compiled with it |
-| ``torch._functorch.config.activation_memory_budget`` | the backend's parameter of that name |
 | ``torch._functorch.config.donated_buffer`` | calibration runs a region's backward once for each branch above it |
 | ``torch._functorch.config.enable_autograd_cache`` | that cache would answer without the code that is to be captured |
 | ``torch._inductor`` options and modes | the backend's ``options`` are Inductor's |
@@ -16,12 +15,14 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
 
 from dropbp_fx._torch.flat_code import Capture, Compiled
+from dropbp_fx._torch.partitioning import partition
 
 #: What AOTAutograd hands a compiler: a flat graph and its inputs; what it wants back: a callable.
 CompileFunction = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -66,15 +67,6 @@ def repeatable_backward(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     return cast("contextlib.AbstractContextManager[Any]", config.patch(donated_buffer=False))
 
 
-def activation_memory_budget(budget: float | None) -> contextlib.AbstractContextManager[Any]:
-    """What is partitioned within saves no more than this share of what it would; the rest is recomputed."""
-    if budget is None:
-        return contextlib.nullcontext()
-    from torch._functorch import config
-
-    return cast("contextlib.AbstractContextManager[Any]", config.patch(activation_memory_budget=budget))
-
-
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -88,7 +80,9 @@ def compile_with_inductor(
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    patches = dict(options)
+    from dropbp_fx._torch.inductor_partitioner import with_partitioner
+
+    patches = with_partitioner(options)
     if joint_pass is not None:
         # Inductor's own key does not tell code that overwrites saved tensors from code that must not.
         patches["joint_custom_pre_pass"] = joint_graph_pass(joint_pass, f"{cache_key}:{config.donated_buffer}")
@@ -115,15 +109,15 @@ def compile_with_aot_autograd(
     joint_pass: JointPass | None,
 ) -> Compiled:
     """Compile ``gm`` with AOTAutograd and a pair of compilers for its forward and its backward graph."""
-    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def prune_and_partition(
+        joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         if joint_pass is not None:
             joint_pass(joint.graph)
             joint.recompile()
-        forward_graph, backward_graph = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-        return forward_graph, backward_graph
+        return partition(joint, joint_inputs, **kwargs)
 
     capture = Capture(inputs)
 
@@ -133,7 +127,7 @@ def compile_with_aot_autograd(
     backend = aot_autograd(
         fw_compiler=lambda graph, examples: capture.forward(forward(graph, examples)),
         bw_compiler=compile_backward,
-        partition_fn=partition,
+        partition_fn=prune_and_partition,
         keep_inference_input_mutations=True,
     )
     with _backward_compiled_at_once(joint_pass is not None):
@@ -155,6 +149,13 @@ def inductor_option_names() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(config.get_config_copy())
+
+
+def inductor_setting(name: str) -> Any:
+    """What an Inductor option is where nobody gives it."""
+    from torch._inductor import config
+
+    return operator.attrgetter(name)(config)
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import fx
 
 from dropbp_fx._torch.compiling import JointPass, run_graph_eagerly
 from dropbp_fx._torch.dynamo import uncounted
+from dropbp_fx._torch.partitioning import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +65,13 @@ def trace_graphs(
 
     ``decompositions`` are applied while tracing, as a compiler does that has some: they decide what is saved.
     """
-    from functorch.compile import min_cut_rematerialization_partition
-
     found: list[TracedGraphs] = []
 
     def stop(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         if joint_pass is not None:
             joint_pass(joint.graph)
             joint.recompile()
-        forward, backward = min_cut_rematerialization_partition(
-            joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
-        )
+        forward, backward = partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
         found.append(TracedGraphs(joint, forward, backward, num_fwd_outputs))
         raise _Traced
 

@@ -55,7 +55,10 @@ class Compiler:
     @property
     def cuda_graphs(self) -> bool:
         """Whether CUDA graphs are asked for: Inductor's of whole graphs, this package's of regions."""
-        return bool(self.options.get(_CUDA_GRAPHS))
+        wanted = self.options.get(_CUDA_GRAPHS)
+        if wanted is None and self.inner == "inductor":
+            wanted = _torch.inductor_setting(_CUDA_GRAPHS)
+        return bool(wanted)
 
     def whole(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph as ``torch.compile`` would: nothing in it is ever dropped."""
