@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from dropbp_fx._distributed.agreement import RankDisagreementError
 from dropbp_fx.backend import DropBPBackend
-from dropbp_fx.entry import dropbp_backend
+from dropbp_fx.entry import backends, current, dropbp_backend, named_backend
 from dropbp_fx.policy.allocation import allocate
 from dropbp_fx.policy.balanced import Unit
 from dropbp_fx.policy.branches import Branch
 from dropbp_fx.policy.drop_policy import DropPolicy
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
+    LayersPattern,
     LowestPattern,
     Pattern,
     RandomPattern,
@@ -39,6 +40,7 @@ __all__ = [
     "Explanation",
     "IndependentPattern",
     "LateRamp",
+    "LayersPattern",
     "LessDroppedWarning",
     "LowestPattern",
     "NoResidualBranchWarning",
@@ -53,9 +55,12 @@ __all__ = [
     "WindowPattern",
     "__version__",
     "allocate",
+    "backends",
+    "current",
     "dropbp_backend",
     "dump_graphs",
     "explain",
+    "named_backend",
 ]
 
 _INSPECTION = frozenset({"Explanation", "dump_graphs", "explain"})

@@ -36,9 +36,9 @@ class DropBPBackend:
 
     One backend may serve several models and graphs. Patterns are sampled for each model on its own; the branches of the
     second model have ``@2`` behind their names, and so on in the order in which models first run or are registered. Layers
-    that are compiled one by one are told apart after :meth:`register`. Deep copies share the
-    original's policy and compiled code (a library that copies the backend must not part it from the handle its user
-    holds); a pickled backend becomes an independent one with the same configuration and state, and compiles anew.
+    that are compiled one by one are told apart after :meth:`register`. Deep copies share the original's policy and code (a
+    library that copies the backend must not part it from the handle its user holds); a pickled backend becomes an
+    independent one with the same configuration and state, and compiles anew.
     """
 
     def __init__(self, config: BackendConfig, state: BackendState | None = None) -> None:
@@ -46,6 +46,7 @@ class DropBPBackend:
         self._state = state or BackendState.of(config)
         if state is None:
             self._state.shortfall.expect_a_call()
+        self._note_schedule()
         self.__name__ = "dropbp"
 
     # ---- torch.compile ---------------------------------------------------------------------------------------------
@@ -164,13 +165,11 @@ class DropBPBackend:
         """Say which model the layers belong to that are compiled one by one.
 
         Then the branches of all its layers are told apart and named after their place in the model, and patterns are sampled
-        over the whole of it. Call it before the first forward::
+        over the whole of it. Call it before the first forward; a model that is compiled whole needs none of this::
 
             backend.register(model)
             for layer in model.layers:
                 layer.compile(backend=backend)
-
-        A model that is compiled whole needs no registration.
 
         Raises:
             TypeError: ``model`` is no module.
@@ -185,6 +184,7 @@ class DropBPBackend:
             )
         self._state.modules.register(model)
         self._state.models.register(model)
+        self._state.live_with([model])
 
     def pinned(self, dropped: Iterable[int | str | Branch]) -> contextlib.AbstractContextManager[None]:
         """Forwards within the block, in this thread, drop exactly these branches, given by index or name.
@@ -350,7 +350,7 @@ class DropBPBackend:
         self._note_schedule()
 
     def _note_schedule(self) -> None:
-        """The configuration is what a pickled backend, and one that is compared, are made of."""
+        """A pickled backend, and one that is compared, are made of the configuration; state may have another schedule."""
         schedule = self._state.sampler.rated.rates.schedule
         if schedule is not self.policy.schedule:
             policy = dataclasses.replace(self.policy, schedule=schedule)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dropbp_fx.graph.describe import BranchFacts
 from dropbp_fx.graph.naming import BranchName
@@ -16,6 +17,19 @@ from dropbp_fx.policy.presence import Leaves, Presence, leaves_of
 from dropbp_fx.runtime.per_module import IdentifyingParameters
 from dropbp_fx.runtime.plan import Planner
 from dropbp_fx.runtime.variants import RegionVariants
+
+
+class Home:
+    """The module that a graph is compiled for; once it is no more, the first one that runs by the code."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def is_taken_by(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the one, or is it from now on."""
+        if self._module() is None:
+            self._module = weakref.ref(module)
+        return self._module() is module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +48,7 @@ class EnteredBranches:
         training: whether its forwards are training ones, even if nothing in them is trained.
         idle: parameters of branches that would be dropped, were the model not in evaluation mode.
         undecided: those of a graph without branches in a model with graph breaks: other pieces may have some.
+        home: that module, where it is known.
         given: its inputs that belong to no module, by what Dynamo calls them: sizes and dtypes, no data.
     """
 
@@ -48,6 +63,7 @@ class EnteredBranches:
     training: bool
     idle: Leaves = ()
     undecided: Leaves = ()
+    home: Home | None = None
     given: tuple[tuple[str, Tensor], ...] = ()
 
     def presence_of(self, own: Sequence[Branch], arguments: Sequence[object]) -> Presence:

@@ -47,23 +47,12 @@ class BackendConfig:
         policy = resolve_policy(policy)
         if rate is not None:
             policy = dataclasses.replace(policy, rate=rate)
-        if isinstance(inner, str):
-            if inner not in _INNER_NAMES:
-                raise ValueError(
-                    f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair (forward compiler, backward "
-                    f"compiler), not {shown(inner)}."
-                )
-        elif not (isinstance(inner, tuple) and len(inner) == 2 and all(callable(item) for item in inner)):
-            raise TypeError(
-                f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair of callables (forward compiler, "
-                f"backward compiler), not {shown(inner)}."
-            )
         if not isinstance(strict, bool):
             raise TypeError(f"strict must be True or False, not {shown(strict)}.")
         return cls(
             policy=policy,
             activation_memory_budget=checked_budget(activation_memory_budget),
-            inner=inner,
+            inner=checked_inner(inner),
             options=checked_inductor_options(options, inner),
             seed=checked_seed(seed),
             strict=strict,
@@ -76,6 +65,26 @@ class BackendConfig:
         return {name: in_words(getattr(self.policy, name)) for name in fields} | {
             "pattern": in_words(self.policy.resolved_pattern)
         }
+
+
+def checked_inner(inner: Any) -> InnerCompiler:
+    """What compiles the pruned graphs: a name, or a pair of functions.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(inner, str):
+        if inner not in _INNER_NAMES:
+            raise ValueError(
+                f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair (forward compiler, backward "
+                f"compiler), not {shown(inner)}."
+            )
+    elif not (isinstance(inner, tuple) and len(inner) == 2 and all(callable(item) for item in inner)):
+        raise TypeError(
+            f"inner must be {' or '.join(map(repr, _INNER_NAMES))} or a pair of callables (forward compiler, "
+            f"backward compiler), not {shown(inner)}."
+        )
+    return inner  # type: ignore[no-any-return]
 
 
 def checked_seed(seed: Any) -> int | None:

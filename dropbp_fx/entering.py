@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dropbp_fx import _torch
-from dropbp_fx.captured import EnteredBranches
+from dropbp_fx.captured import EnteredBranches, Home
 from dropbp_fx.graph.branch import ResidualBranch
 from dropbp_fx.graph.homes import home_of
 from dropbp_fx.graph.naming import BranchName, name_branches, parameter_name
@@ -43,6 +43,7 @@ def enter_branches(
     callers = _torch.calling_modules()
     names = name_branches(branches)
     prefixes = {owned.module: "" for owned in owners.values()}
+    state.live_with([*prefixes, *callers.running])
     # A piece without branches may show the whole model, whose other pieces have some; the largest goes first.
     for module in sorted(prefixes, key=lambda module: -len(list(module.modules()))):
         _find_home(state, module, callers)
@@ -99,6 +100,7 @@ def enter_branches(
         parameters=tuple(tuple(position_of[node] for node in own) for own in parameters),
         training=training,
         idle=leaves_of(idle),
+        home=Home(home) if home is not None else None,
         given=tuple((node.name, example_value(node)) for node in placeholders if _is_given(owners, node)),
     )
 
@@ -146,8 +148,9 @@ def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[T
     module = owner_among(callers.running, parameters, entered.identifying.names)
     if module is not None:
         module = _torch.original_module(module)
+        _find_home(state, module, callers)
         model = _model_of(state, [module], callers)
-        if model != entered.model:
+        if model != entered.model or (entered.home is not None and entered.home.is_taken_by(module)):
             return state.modules.path_of(module), model
     state.shortfall.report("sharing", sharing_text([branch.name for branch in entered.branches[:3]]))
     return None
@@ -156,6 +159,7 @@ def _place(state: BackendState, entered: EnteredBranches, parameters: Sequence[T
 def _model_of(state: BackendState, roots: Sequence[nn.Module], callers: _torch.Callers) -> int:
     """The number of the model that these modules are, or are parts of."""
     around = [module for root in roots for module in state.modules.roots_around(root)]
+    state.live_with([*around, *callers.running])
     number, replaces = state.models.number_of(list(dict.fromkeys(around)), callers.running)
     if replaces:
         state.sampler.forget(number)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from torch import fx
 
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.config import BackendConfig
+from dropbp_fx.named import NamedBackends
 from dropbp_fx.policy.drop_policy import DropPolicy, PolicyName
 from dropbp_fx.runtime.compiler import InnerCompiler
 
@@ -37,7 +37,8 @@ def dropbp_backend(
             branches at the constant rate 0.5. "freezing": the lower half of the layers is not trained.
             "progressive_freezing": exact in the first half of the run, then the lowest layers end their training one after
             the other, a quarter of the backward in all (at rate 0.7 nearly half of the layers are frozen from the start);
-            it must be told of the run's :attr:`~DropBPBackend.progress`.
+            it must be told of the run's :attr:`~DropBPBackend.progress`. "lisa": the weights of a random eighth of the
+            layers are trained, of others every 20 forwards.
         inner: what compiles the pruned graphs: "inductor", "aot_eager" (no code generation, for debugging and tests), or
             a pair (forward compiler, backward compiler) of functions from a flat ATen graph and its inputs to a callable.
         options: Inductor configuration, as for ``torch.compile(options=...)``.
@@ -63,39 +64,68 @@ def dropbp_backend(
     return DropBPBackend(config)
 
 
-def dropbp(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-) -> Callable[..., Any]:
-    """The backend by name: ``torch.compile(model, backend="dropbp", options={"rate": 0.5})``.
+dropbp = NamedBackends(
+    "dropbp", __name__, {name: own.default for name, own in inspect.signature(dropbp_backend).parameters.items()}
+)
 
-    ``options`` are the arguments of :func:`dropbp_backend`; ``policy`` may also be a mapping of a policy's fields. Equal
-    options share one backend, as the graphs of one model must. To steer a run (``pinned``, ``rate``, ``state_dict``), make
-    the backend yourself and pass the object.
+
+def named_backend(**options: Any) -> DropBPBackend:
+    """The backend that ``torch.compile(backend="dropbp", options=options)`` compiles with, made if there is none yet.
+
+    For what has to be said before the first forward, where a program takes a backend's name only::
+
+        backend = dropbp_fx.named_backend()
+        backend.register(model)  # layers that are compiled one by one, and called by no module
+
+    Keep the object until the model has run: models that it has compiled or that were registered hold it, nothing else does.
+
+    Args:
+        options: as they are given to ``torch.compile``: none where it gets the name alone, and the environment the rest.
 
     Raises:
-        TypeError, ValueError: an unknown option or a bad value, before anything is compiled.
+        TypeError, ValueError: an unknown option or environment variable, or a bad value.
     """
-    named = dict(options or {})
-    defaults = {name: own.default for name, own in inspect.signature(dropbp_backend).parameters.items()}
-    unknown = sorted(set(named) - set(defaults))
-    if unknown:
-        raise ValueError(
-            f"The backend 'dropbp' has no option {unknown[0]!r}; its options are {', '.join(defaults)}. Options "
-            "for Inductor go into the option named 'options'."
+    return dropbp.of(options)
+
+
+def current() -> DropBPBackend:
+    """The one backend that is in use by its name, ``torch.compile(backend="dropbp")``, to steer the run with.
+
+    ::
+
+        backend = dropbp_fx.current()
+        backend.progress = step / total
+        checkpoint["dropbp"] = backend.state_dict()
+
+    It is there once a first graph is compiled, or :func:`named_backend` was called, and as long as the model lives, also
+    after ``torch._dynamo.reset()``.
+
+    Raises:
+        RuntimeError: there is none, or more than one.
+    """
+    if len(dropbp.in_use()) > 1:
+        gc.collect()  # those of models that are no more
+    found = dropbp.in_use()
+    if not found:
+        raise RuntimeError(
+            "No backend is in use by its name: one is made when torch.compile(backend='dropbp') compiles the first graph, "
+            "and lives as long as the model. Call dropbp_fx.current() after the first forward; before it, "
+            "dropbp_fx.named_backend(), with the options that torch.compile gets, makes the backend. One from "
+            "dropbp_backend() is not found here: keep the object."
         )
-    if isinstance(named.get("policy"), Mapping):
-        named["policy"] = DropPolicy.from_fields(named["policy"])
-    # Checked before anything is looked up: as keys, False and 0 are equal.
-    config = BackendConfig.checked(**(defaults | named))
-    backend = next((known for known in _named_backends if known._config == config), None)
-    if backend is None:
-        backend = DropBPBackend(config)
-        _named_backends.append(backend)
-    return backend(gm, example_inputs, mode=mode)
+    if len(found) > 1:
+        rates = ", ".join(f"{backend.rate:g}" for backend in found)
+        raise RuntimeError(
+            f"{len(found)} backends are in use by their name, of the rates {rates}: torch.compile got different options, or "
+            "the environment has changed. Take the one that you mean from dropbp_fx.backends(), or from "
+            "dropbp_fx.named_backend(...) with its options; or give all graphs the same options."
+        )
+    return found[0]
 
 
-_named_backends: list[DropBPBackend] = []
+def backends() -> tuple[DropBPBackend, ...]:
+    """All backends that are in use by their name, in the order in which they were made.
+
+    That of a model which is no more may be among them until Python's garbage collection has run.
+    """
+    return dropbp.in_use()

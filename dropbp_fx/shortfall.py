@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from dropbp_fx._torch import GraphBreak
 from dropbp_fx.graph.coverage import UnevenLayers
 from dropbp_fx.optimizer_steps import after_steps
+from dropbp_fx.policy.layers import LayersPattern
 from dropbp_fx.policy.sampler import PatternSampler
 
 #: Training forwards after which the rate that can be reached is compared with the one that was asked for.
@@ -53,10 +54,12 @@ class Shortfall:
 
     Attributes:
         breaks: the graph breaks found so far, in order.
+        by_name: whether ``torch.compile`` was given a name, so that nobody has the object that a remedy is about.
     """
 
     def __init__(self, sampler: PatternSampler, listeners: list[Listener], *, strict: bool) -> None:
         self.breaks: dict[GraphBreak, None] = {}
+        self.by_name = False
         self._sampler = sampler
         self._listeners = listeners
         self._strict = strict
@@ -83,6 +86,8 @@ class Shortfall:
         Raises:
             Exception: an ``error``, where the backend is strict.
         """
+        if self.by_name and _REGISTER in text:
+            text += _BY_NAME_TEXT
         known = cause in self._texts
         self._texts.setdefault(cause, text)
         if quiet:
@@ -109,8 +114,8 @@ class Shortfall:
 
     def _compare_rates(self) -> None:
         droppable = [branch for branch in self._sampler.branches if branch.droppable]
-        if not droppable or "sharing" in self._texts:
-            return
+        if not droppable or "sharing" in self._texts or isinstance(self._sampler.rated.pattern, LayersPattern):
+            return  # the last drops what it was asked to, whatever the rate
         asked = math.fsum(branch.rate for branch in droppable) / len(droppable)
         attainable = self._sampler.rated.attainable_rate()
         if attainable < _CLOSE * asked:
@@ -237,6 +242,15 @@ def _trains(optimizer: torch.optim.Optimizer, parameters: Sequence[weakref.ref[T
     return any(id(p) in known and p.grad is not None for group in groups for p in group["params"])
 
 
+#: What sentences advise for layers of one model.
+_REGISTER = "call backend.register(model) before its first forward"
+
+#: What that is where nobody has the object.
+_BY_NAME_TEXT = (
+    " The backend was given by its name: before the first forward call dropbp_fx.named_backend().register(model), with the "
+    "options that torch.compile gets, if any; later dropbp_fx.current() is the backend."
+)
+
 #: Dynamo's DDPOptimizer is on.
 _CUT_TEXT = (
     "Dynamo's DDPOptimizer has cut the model's graph where DistributedDataParallel's buckets end. Branches that it cut "
@@ -307,8 +321,7 @@ def sharing_text(names: Sequence[str]) -> str:
     return (
         f"One compiled graph serves several modules, so their branches ({', '.join(names)}) count as the same ones, and "
         "each module's forward as one of its own. One branch is kept in each of these forwards, so less is dropped than was "
-        "asked for. If they are layers of one model, call backend.register(model) before its first forward; if they are "
-        "models of their own, register each of them."
+        f"asked for. If they are layers of one model, {_REGISTER}; if they are models of their own, register each of them."
     )
 
 
@@ -316,8 +329,8 @@ def namesakes_text(name: str, known: nn.Module, other: nn.Module) -> str:
     """Two modules inside of one other look like one."""
     return (
         f"Two modules of class {type(known).__name__} and {type(other).__name__} have a branch named {name!r}, and run "
-        "inside of one other module, so their branches count as the same ones. If they are layers of one model, call "
-        "backend.register(model) before its first forward; if they are models of their own, register each of them."
+        "inside of one other module, so their branches count as the same ones. If they are layers of one model, "
+        f"{_REGISTER}; if they are models of their own, register each of them."
     )
 
 
@@ -352,8 +365,7 @@ def _rate_text(sampler: PatternSampler, count: int, asked: float, attainable: fl
     trainable = sum(branch.trainable for branch in sampler.branches if branch.droppable)
     models = len(sampler.branches.models)
     apart = (
-        f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, call "
-        "backend.register(model) before its first forward."
+        f" The backend serves {models} models, and one branch is kept in each: if they are layers of one model, {_REGISTER}."
         if models > 1
         else ""
     )

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -33,7 +33,12 @@ from dropbp_fx.shortfall import Listener, Shortfall
 
 @dataclasses.dataclass
 class BackendState:
-    """What a backend and its deep copies share: its policy and the code it has compiled."""
+    """What a backend and its deep copies share: its policy and the code it has compiled.
+
+    Attributes:
+        handle: gives the backend, where that was given by its name and perhaps nobody holds it.
+        alive_with: the modules that hold it; ``None`` as long as it has worked for none.
+    """
 
     sampler: PatternSampler
     observer: Observer
@@ -52,6 +57,8 @@ class BackendState:
     )
     step_watch: CompiledStepWatch | None = None
     graph_memory: dict[torch.device, GraphMemory] = dataclasses.field(default_factory=dict)
+    handle: Callable[[], object] | None = None
+    alive_with: weakref.WeakSet[nn.Module] | None = None
 
     @classmethod
     def of(cls, config: BackendConfig) -> BackendState:
@@ -67,11 +74,26 @@ class BackendState:
             policy.granularity,
             config.seed,
             pattern=policy.resolved_pattern,
+            hold=policy.hold,
             configuration=config.described(),
         )
         listeners: list[Listener] = []
         shortfall = Shortfall(sampler, listeners, strict=config.strict)
         return cls(sampler, Observer(sampler, policy.reallocate_every), listeners, shortfall)
+
+    def live_with(self, modules: Iterable[nn.Module]) -> None:
+        """Let a backend that was given by its name live for as long as any of these modules.
+
+        Nothing in the state may hold a module of them: neither would ever be let go of.
+        """
+        if self.handle is None:
+            return
+        for module in modules:
+            if self.alive_with is None:
+                self.alive_with = weakref.WeakSet()
+            if module not in self.alive_with:
+                self.alive_with.add(module)
+                weakref.finalize(module, _let_go, self.handle()).atexit = False
 
     @contextlib.contextmanager
     def under(self, calibration: Calibration) -> Iterator[None]:
@@ -82,6 +104,10 @@ class BackendState:
             yield
         finally:
             self.calibration, self.calibrating_thread = before
+
+
+def _let_go(_backend: object) -> None:
+    """A module that held it is no more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ FIELDS: dict[str, list[Any]] = {
         None,
     ],
     "reallocate_every": [*NO_COUNTS, 10],
+    "hold": [None, *NO_COUNTS],
     "rescale": NO_FLAGS,
 }
 

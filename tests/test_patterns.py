@@ -25,6 +25,7 @@ from scipy import stats
 from dropbp_fx.policy.balanced import Unit, effective_rates, sample_dropped
 from dropbp_fx.policy.patterns import (
     IndependentPattern,
+    LayersPattern,
     LowestPattern,
     Pattern,
     RandomPattern,
@@ -86,6 +87,8 @@ PATTERNS: dict[str, Any] = {
     "suffix": SuffixPattern(),
     "window": WindowPattern(),
     "window without wrap": WindowPattern(wrap=False),
+    "first layers": LayersPattern(0, 2),
+    "inner layers": LayersPattern(1, -1),
 }
 every_model = pytest.mark.parametrize("units", MODELS.values(), ids=MODELS.keys())
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
@@ -152,6 +155,9 @@ def test_a_trainable_unit_always_stays(pattern: Pattern, units: list[Unit]) -> N
 def test_a_pattern_is_a_function_of_units_and_random_state(pattern: Pattern) -> None:
     units = MODELS["wild"]
     assert samples(pattern, units, 20) == samples(copy.deepcopy(pattern), list(units), 20)
+    if isinstance(pattern, LayersPattern):
+        assert len({*samples(pattern, units, 20), *samples(pattern, units, 20, seed=1)}) == 1
+        return
     assert samples(pattern, units, 20) != samples(pattern, units, 20, seed=1)
     assert len(set(samples(pattern, units, 200))) > (1 if pattern == LowestPattern() else 5)
 

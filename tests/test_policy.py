@@ -454,7 +454,9 @@ def test_every_policy_makes_a_backend_and_says_what_it_does(name: PolicyName) ->
     assert backend.stats.realised_rate > 0
     assert DropPolicy.about(name).endswith(".")
     assert dataclasses.replace(DropPolicy.named(name), rate=0.7).name == name
-    assert dataclasses.replace(DropPolicy.named(name), granularity="layer").name is None
+    policy = DropPolicy.named(name)
+    other: Any = {"branch": "layer", "layer": "branch"}[policy.granularity]
+    assert dataclasses.replace(policy, granularity=other).name is None
     assert f'"{name}"' in str(dropbp_backend.__doc__)
 
 
@@ -503,13 +505,14 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
         (
             {"policy": "freeze"},
             ValueError,
-            r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing'\. Pass one of them, or "
-            r"a DropPolicy",
+            r"no policy named 'freeze'; the names are 'dropbp', 'freezing', 'progressive_freezing', 'lisa'\. Pass one of "
+            r"them, or a DropPolicy",
         ),
         (
             {"policy": None},
             TypeError,
-            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', or a DropPolicy, not None",
+            r"policy must be one of the names 'dropbp', 'freezing', 'progressive_freezing', 'lisa', or a DropPolicy, "
+            r"not None",
         ),
         ({"pattern": "cyclic"}, ValueError, r"no pattern named 'cyclic'; the names are 'random', 'independent'"),
         ({"pattern": WindowPattern}, TypeError, r"pattern is the class WindowPattern, but must be an instance"),
@@ -538,6 +541,14 @@ def test_progressive_freezing_ends_layers_from_below_and_keeps_the_gradients_abo
             TypeError,
             r"activation_memory_budget must be a number in \[0, 1\] or None",
         ),
+        ({"hold": 0}, ValueError, r"hold must be at least 1, not 0"),
+        ({"hold": 2.5}, TypeError, r"hold must be a whole number of forwards, not 2\.5"),
+        ({"hold": None}, TypeError, r"hold must be a whole number of forwards, not None\."),
+        ({"hold": True}, TypeError, r"hold must be a whole number of forwards, not True"),
+        ({"pattern": "layers[:]"}, ValueError, r"LayersPattern needs a start or a stop: all layers of a model cannot"),
+        ({"pattern": "layers[5:3]"}, ValueError, r"with start=5, stop=3 there are none\. Let stop be behind start"),
+        ({"pattern": "layers[-4:0]"}, ValueError, r"with start=-4, stop=0 there are none\. Let stop be behind start"),
+        ({"pattern": "layers[1:2:3]"}, ValueError, r"no pattern named .* and such as 'layers\[:8\]'"),
         ({"rescale": 1}, TypeError, r"rescale must be True or False, not 1"),
         ({"schedule": "cosine"}, ValueError, r"no schedule named 'cosine'; the names are 'constant', 'ramp_up'"),
         ({"schedule": 0.5}, TypeError, r"or a function from progress \(0 to 1\) to a rate, not 0\.5"),

@@ -10,8 +10,8 @@ from benchmarks.models import Decoder
 from benchmarks.quality.attempts import Accumulation, Attempt, Checkpointing, Setting
 from benchmarks.quality.baselines import Freezing, NestedBatch, Selective, Skipping, SmallerBatch, Tokens
 from benchmarks.quality.dropping import Engine, FreezeOut
-from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Held, Sometimes, Windows
-from dropbp_fx.policy.patterns import LowestPattern, RandomPattern, WindowPattern
+from benchmarks.quality.patterns import CyclicWindow, FixedWindow, Sometimes, Windows
+from dropbp_fx.policy.patterns import LowestPattern, WindowPattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,7 @@ def methods() -> dict[str, Method]:
         "high window": _engine(
             "the same layers always, the highest but one", options=lambda: {"pattern": FixedWindow(0.9)}
         ),
-        "held window": _engine(
-            "a window that stays for 10 steps", options=lambda: {"pattern": Held(WindowPattern(), 10)}
-        ),
+        "held window": _engine("a window that stays for 10 steps", options={"pattern": "window", "hold": 10}),
         "window by sensitivity": _engine(
             "a window that follows rates by sensitivity",
             options={"pattern": "window", "allocation": "sensitivity"},
@@ -166,7 +164,7 @@ def methods() -> dict[str, Method]:
         ),
         "LISA": _engine(
             "weights of few layers are trained at a time, others every 20 steps (Pan et al., NeurIPS 2024)",
-            options=lambda: {"granularity": "layer", "drop": "weights", "pattern": Held(RandomPattern(), 20)},
+            options={"policy": "lisa"},
         ),
         "stochastic depth": Method(
             lambda model, setting: Skipping(model, setting, progressive=False),

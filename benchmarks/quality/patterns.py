@@ -12,22 +12,6 @@ from dropbp_fx.policy.patterns import Pattern
 
 
 @dataclasses.dataclass
-class Held:
-    """Another pattern's sample, kept for ``steps`` forwards: an optimizer's moments see the same branches for a while."""
-
-    pattern: Pattern
-    steps: int
-    _drawn: Collection[int] = dataclasses.field(default=(), init=False)
-    _left: int = dataclasses.field(default=0, init=False)
-
-    def sample(self, units: Sequence[Unit], rng: random.Random) -> Collection[int]:
-        if not self._left:
-            self._drawn, self._left = self.pattern.sample(units, rng), self.steps
-        self._left -= 1
-        return self._drawn
-
-
-@dataclasses.dataclass
 class CyclicWindow:
     """A window like ``WindowPattern``'s whose place moves on by a fixed part of the model instead of at random.
 

@@ -6,6 +6,7 @@ name                    what it does
 "dropbp"                random branches at a constant rate: the paper's, without its sensitivities
 "freezing"              the lowest layers, and what lies below, are not trained
 "progressive_freezing"  all layers at first, then the lowest, and what lies below, end their training one after the other
+"lisa"                  the weights of a few random layers are trained, others every 20 forwards
 ======================  ===============================================================================================
 """
 
@@ -22,7 +23,7 @@ from dropbp_fx.policy.schedules import RateSchedule, ScheduleName, checked_sched
 from dropbp_fx.policy.units import Granularity
 from dropbp_fx.values import Drop, checked_count, checked_number, shown
 
-PolicyName = Literal["dropbp", "freezing", "progressive_freezing"]
+PolicyName = Literal["dropbp", "freezing", "progressive_freezing", "lisa"]
 #: The graphs have the same choices of their own (:mod:`dropbp_fx.graph.regions`): this room must not know theirs.
 
 
@@ -34,8 +35,9 @@ class DropPolicy:
         rate: share of the residual branches' backward work (FLOPs) that is dropped, in [0, 1): at each training step, or,
             with a schedule, over the run.
         pattern: which branches are dropped together: "random" (the paper), "independent", "lowest" (the lowest layers, the
-            same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers), or
-            a pattern of your own: a :class:`~dropbp_fx.Pattern`, or a function like its ``sample``.
+            same ones each time), "suffix" (everything below a random depth), "window" (one contiguous run of layers),
+            ``LayersPattern(0, 8)`` or "layers[:8]" (those of these places), or a pattern of your own: a
+            :class:`~dropbp_fx.Pattern`, or a function like its ``sample``.
         schedule: how the rate changes over the run: "constant", "ramp_up" (from 0 to 2 ``rate``), "ramp_down", "step"
             (nothing in the first half, 2 ``rate`` in the second), "late_ramp" (nothing at first, then up to ``max_rate``),
             or a function from progress (0 to 1) to a rate. The training loop tells the progress:
@@ -52,6 +54,10 @@ class DropPolicy:
         max_rate: the highest rate that allocation or a named schedule gives, in (0, 1).
         reallocate_every: keep a running estimate of the sensitivities from ordinary steps, and re-allocate the rates once
             in so many forwards.
+        hold: sample the pattern once in so many forwards, and drop the same in all of them: at constant rates, and while
+            the same branches can be dropped. Every training forward counts, each micro-batch of an accumulated gradient too
+            and those of all models of the backend; all graphs of a model's forward are one. Which forwards share a pattern
+            goes by their number, so a resumed run goes on in the middle of it.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -67,6 +73,7 @@ class DropPolicy:
     rescale: bool = False
     max_rate: float = 0.95
     reallocate_every: int | None = None
+    hold: int = 1
 
     def __post_init__(self) -> None:
         _check_name(
@@ -91,6 +98,7 @@ class DropPolicy:
                 f"reallocate_every={every} re-allocates rates by a running estimate of sensitivities, which "
                 f"allocation={self.allocation!r} does not use. Pass allocation='sensitivity' with it."
             )
+        hold = checked_count("hold", self.hold, least=1, of="forwards")
         if not isinstance(self.rescale, bool):
             raise TypeError(f"rescale must be True or False, not {shown(self.rescale)}.")
         pattern, schedule = resolve_pattern(self.pattern), checked_schedule(self.schedule)
@@ -99,6 +107,7 @@ class DropPolicy:
             "rate": rate,
             "max_rate": max_rate,
             "reallocate_every": every,
+            "hold": hold,
             "pattern": known_name(pattern) or self.pattern,
             "schedule": schedule,
         }
@@ -107,7 +116,7 @@ class DropPolicy:
 
     @classmethod
     def named(cls, name: PolicyName) -> DropPolicy:
-        """The policy of a name: "dropbp", "freezing" or "progressive_freezing"; :meth:`about` says what each is good for.
+        """The policy of a name: "dropbp", "freezing", "progressive_freezing" or "lisa"; :meth:`about` says what each is for.
 
         Raises:
             TypeError: ``name`` is no string.
@@ -190,6 +199,14 @@ def _presets() -> dict[str, tuple[DropPolicy, str]]:
             "With LoRA of rank 8 it learns as much at 0.25 and less above (docs/choosing.md). Memory is the baseline's at "
             "first and falls from then on; above 0.475 the run begins with layers frozen (0.7: 45 %), which save "
             "memory throughout. It must be told of the run's progress.",
+        ),
+        "lisa": (
+            DropPolicy(rate=0.875, granularity="layer", drop="weights", hold=20),
+            "The weights of a random eighth of the layers are trained, of others every 20 forwards, and the gradients of "
+            "these, of embeddings and of the head are exact (as in LISA, Pan et al., NeurIPS 2024). To train k of n layers, "
+            "take the rate 1 - k / n. All gradients of activations are computed, so it saves less time than freezing at "
+            "the same rate; at 0.5 it learned less than the baseline in the same time (docs/experiments/quality.md). An "
+            "optimizer keeps the moments of layers that are not trained until its user deletes them (docs/howto/policy.md).",
         ),
     }
 

@@ -10,6 +10,7 @@ name           class                      what it drops
 "lowest"       :class:`LowestPattern`     the lowest layers, the same ones in every sample
 "suffix"       :class:`SuffixPattern`     every layer below a random depth
 "window"       :class:`WindowPattern`     one contiguous run of layers, at a random place
+"layers[a:b]"  :class:`LayersPattern`     the layers of these places, whatever the rate
 =============  =========================  ================================================================================
 """
 
@@ -24,10 +25,12 @@ from typing import Literal, Protocol, runtime_checkable
 
 from dropbp_fx.policy.balanced import Unit, effective_rates, sample_dropped
 from dropbp_fx.policy.contiguous import LowestPattern, SuffixPattern, WindowPattern
+from dropbp_fx.policy.layers import LayersPattern
 from dropbp_fx.values import shown, takes
 
 __all__ = [
     "IndependentPattern",
+    "LayersPattern",
     "LowestPattern",
     "Pattern",
     "PatternName",
@@ -149,12 +152,13 @@ def resolve_pattern(pattern: str | Pattern | SampleFunction) -> Pattern:
     """
     builtin = _builtin()
     if isinstance(pattern, str):
-        if pattern not in builtin:
+        found = builtin.get(pattern) or LayersPattern.named(pattern)
+        if found is None:
             raise ValueError(
-                f"There is no pattern named {pattern!r}; the names are {', '.join(map(repr, builtin))}. Pass one of "
-                "them, or an object with a method sample(units, rng)."
+                f"There is no pattern named {pattern!r}; the names are {', '.join(map(repr, builtin))}, and such as "
+                "'layers[:8]'. Pass one of them, or an object with a method sample(units, rng)."
             )
-        return builtin[pattern]
+        return found
     if isinstance(pattern, type):
         raise TypeError(
             f"pattern is the class {pattern.__name__}, but must be an instance of it: pass {pattern.__name__}(...)."
@@ -171,6 +175,8 @@ def resolve_pattern(pattern: str | Pattern | SampleFunction) -> Pattern:
 
 def known_name(pattern: Pattern) -> str | None:
     """The name that :func:`resolve_pattern` knows a pattern by, if it does."""
+    if type(pattern) is LayersPattern:
+        return pattern.name
     same = (name for name, known in _builtin().items() if type(known) is type(pattern) and known == pattern)
     return next(same, None)
 

@@ -88,7 +88,7 @@ class RatedBranches:
         if schedule != "constant" and not self.progress_told and rounds == _PROGRESS_EXPECTED_BY:
             warnings.warn(
                 f"The schedule {schedule!r} has stayed at progress 0 for {_PROGRESS_EXPECTED_BY} forwards. Set "
-                "backend.progress = step / total_steps in the training loop.",
+                "backend.progress = step / total_steps in the training loop; the backend of a name is dropbp_fx.current().",
                 stacklevel=2,
             )
 

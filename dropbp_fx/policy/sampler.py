@@ -29,14 +29,16 @@ from dropbp_fx.values import in_words, shown
 class PatternSampler:
     """Samples the patterns of one backend, and holds what they depend on.
 
-    Patterns are a function of (seed, number of the round, rates, branches): they leave every other random stream alone,
-    and a resumed run goes on with the same ones. ``seed=None`` takes ``torch.initial_seed()`` at the first one.
+    Patterns are a function of (seed, number of the round, rates, branches) and of no earlier pattern: they leave every
+    other random stream alone, and a resumed run goes on with the same ones. ``seed=None`` takes ``torch.initial_seed()`` at
+    the first one.
 
     Args:
         rates: how the branches get their rates; a number stands for equal ones.
         granularity: "branch" drops single branches; "layer" all branches of a layer together.
         seed: seeds the patterns.
         pattern: which branches are dropped together.
+        hold: in how many rounds one after the other they are the same.
         configuration: whatever else the ranks of a distributed run must have alike, in words.
     """
 
@@ -47,6 +49,7 @@ class PatternSampler:
         seed: int | None,
         *,
         pattern: Pattern | None = None,
+        hold: int = 1,
         configuration: Mapping[str, str] | None = None,
     ) -> None:
         self._lock = threading.RLock()
@@ -59,6 +62,7 @@ class PatternSampler:
         self._thread = PerThread()
         self._overrides = Overrides(self.branches, self.rated.present, self._thread)
         self._seed = seed
+        self._hold = hold
         self._expected = ExpectedBranches(self.branches)
         self._configuration = dict(configuration or {})
         self._agreed = False  # all ranks have agreed on the branches and on the state that was loaded last
@@ -275,7 +279,8 @@ class PatternSampler:
             b.trainable and b.droppable and b.index in current.decided and b.index not in current.dropped for b in known
         )
         groups = self.rated.units(fresh)
-        rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{current.number}:{len(current.decided)}")
+        held = (current.number - 1) // self._hold + 1
+        rng = random.Random(f"dropbp_fx:{self._resolved_seed()}:{held}:{len(current.decided)}")
         chosen = checked_sample(self.rated.pattern, [unit for unit, _ in groups], rng, keep_one=not kept_one)
         for index in chosen:
             current.dropped.update(groups[index][1])
