@@ -99,6 +99,10 @@ def _source_name(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+#: Before torch 2.13 Dynamo does not look at a module's parameters again while the module holds the same ones.
+_FREEZING_GOES_UNSEEN = torch.__version__ < "2.13"
+
+
 class Owned(NamedTuple):
     """A parameter or buffer as a graph input: the outermost module it was reached through, and itself, if it can be told."""
 
@@ -107,7 +111,8 @@ class Owned(NamedTuple):
 
 
 def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
-    """Find for each parameter or buffer the outermost module it was reached through, and guard on its training mode.
+    """Find for each parameter or buffer the outermost module it was reached through, and guard on its training mode, and on
+    what is trainable where Dynamo does not.
 
     Dynamo guards on ``module.training`` only where the traced code reads it. A graph that never did would go on
     dropping after ``model.eval()``; so a guard on that flag is installed here for each outermost module, and flipping it
@@ -155,6 +160,8 @@ def outermost_modules(placeholders: Sequence[fx.Node]) -> dict[fx.Node, Owned]:
             guarded.add(name)
             install_guard(AttrSource(source, "training").make_guard(GuardBuilder.EQUALS_MATCH))
         found[node] = Owned(module, evaluate(_source_name(own)))
+        if _FREEZING_GOES_UNSEEN and own is not None and isinstance(found[node].value, torch.nn.Parameter):
+            install_guard(AttrSource(own, "requires_grad").make_guard(GuardBuilder.EQUALS_MATCH))
     return found
 
 
