@@ -91,6 +91,27 @@ class InPlace(Block):
         return x + self.down(h * scale)
 
 
+class Branching(Block):
+    """Regions inside of what only one of two graphs runs."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = self.up(self.norm(x))
+        h = torch.cond(h.sum() > -1e9, lambda h: squared(squared(h)), lambda h: squared(h), (h,))
+        return self.down(h)
+
+
+class Switching(Block):
+    """A region that switches gradients off, and autocast on, for a part of what it does."""
+
+    @region
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gain = squared(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.branch(x)
+        return x + h * gain
+
+
 class Model(nn.Module):
     def __init__(self, block: Callable[[], nn.Module] = Block, count: int = 3) -> None:
         super().__init__()
@@ -148,6 +169,25 @@ class Ends(Model):
     after = before
 
 
+class Counting(Model):
+    """A region that writes into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+
+    def before(self, x: Tensor) -> Tensor:
+        return counted(x, self.total)
+
+    after = before
+
+
+@region
+def counted(x: Tensor, total: Tensor) -> Tensor:
+    total.add_(x.detach().mean())
+    return x.sin()
+
+
 def loss_of(model: Callable[..., Tensor]) -> Tensor:
     return model(X).square().mean()
 
@@ -156,7 +196,6 @@ DOWN = [f"layers.{k}.down" for k in range(3)]
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "in branches": lambda: Model(lambda: Block(squared)),
     "in branches, saving outputs": lambda: Model(lambda: Block(grown)),
-    "in one branch": lambda: nn.Sequential(Model(lambda: Block(squared), 1), Model(Block, 2)),
     "outside": lambda: Ends(),
     "everywhere": lambda: Ends(lambda: Block(squared)),
     "layers": lambda: Model(NestedBlock),
@@ -165,12 +204,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "layers with regions inside and outside": lambda: Ends(lambda: NestedBlock(squared)),
     "in checkpoints": lambda: Model(Around),
     "around checkpoints": lambda: Model(Inside),
+    "in two graphs": lambda: Model(Branching),
+    "switching": lambda: Model(Switching),
+    "with a buffer": lambda: Counting(),
     "written into": lambda: Model(InPlace),
 }
-NAMED_AFTER_LAYERS = [name for name in MODELS if name != "in one branch"]
 
 
-@pytest.mark.parametrize("name", NAMED_AFTER_LAYERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_whatever_is_a_region_gradients_are_those_of_the_detached_model(name: str) -> None:
     model = MODELS[name]()
     backend, run = compile_model(model, 0.0)
@@ -222,6 +263,17 @@ def test_layers_that_are_regions_are_compiled_once() -> None:
         loss_of(run).backward()
         counts.append((backend.stats.unique_regions, backend.stats.compiled_variants))
     assert counts[0] == counts[1]
+
+
+def test_a_layer_that_runs_twice_has_two_branches() -> None:
+    model = Model(NestedBlock)
+    model.layers[2] = model.layers[0]
+    backend, run = compile_model(model, 0.0)
+    points = [("layers.0.down", 0), "layers.1.down", ("layers.0.down", 1)]
+    assert_exact(model, run, backend, loss_of, points)
+    assert [branch.name for branch in backend.branches] == [
+        *("layers.0.up+down#1", "layers.1.up+down", "layers.0.up+down#2")
+    ]
 
 
 def test_sizes_that_change() -> None:

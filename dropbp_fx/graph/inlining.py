@@ -2,8 +2,8 @@
 
 Dynamo traces such a function once and calls that graph from then on. Calls hide residual branches, and Inductor gets their
 gradients wrong: in the releases up to 2.15 it takes what a region's forward saves, its input or once more its output, for
-memory of its own and writes over the original; before 2.15 a region's backward also writes over any input whose position is
-that of something which the whole backward may write over. What the calls are there for is not lost: regions of equal
+memory of its own and writes over the original; before 2.15 a region's backward also writes over inputs whose position
+is that of something which the whole backward may write over. What the calls are there for is not lost: regions of equal
 structure are compiled once.
 
 The nodes of a call are those of the trace in a place of their own: what they know of memory, and of the modules they belong
