@@ -22,6 +22,7 @@ from dropbp_fx.graph.copying import copy_graph_module
 from dropbp_fx.graph.describe import describe_branch
 from dropbp_fx.graph.gating import insert_gates
 from dropbp_fx.graph.hooks import with_own_hooks
+from dropbp_fx.graph.inlining import inline_nested_regions
 from dropbp_fx.graph.normalise import normalise_inplace_adds
 from dropbp_fx.graph.regions import RegionProgram, split_into_regions
 from dropbp_fx.graph.structure import structural_key
@@ -59,6 +60,7 @@ class Lowering:
         dropped is left as it was, and only its branches are entered; with ``whole``, for an explanation, it is one region
         and no warning is due.
         """
+        inline_nested_regions(gm)
         if self.config.policy.rescale:  # it adds graph inputs, and Dynamo goes on reading its own graph's
             gm = copy_graph_module(gm)
         try:

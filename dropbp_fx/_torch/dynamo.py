@@ -103,6 +103,12 @@ def _source_name(source: Any) -> str:
 _FREEZING_GOES_UNSEEN = torch.__version__ < "2.13"
 
 
+def source_of(placeholder: fx.Node) -> str | None:
+    """The expression through which Dynamo reached a graph input, ``None`` where it does not tell."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    return None if source is None else _source_name(source)
+
+
 class Owned(NamedTuple):
     """A parameter or buffer as a graph input: the outermost module it was reached through, and itself, if it can be told."""
 

@@ -72,6 +72,11 @@ def checkpoint_operator() -> Any:
     return torch.ops.higher_order.tag_activation_checkpoint
 
 
+def nested_region_operator() -> Any:
+    """The higher-order operator that calls the graph of a ``torch.compiler.nested_compile_region``."""
+    return torch.ops.higher_order.invoke_subgraph
+
+
 def checkpoint_context(gm: fx.GraphModule) -> Any:
     """The ``context_fn`` of the checkpoint whose body a graph is, ``None`` if it has none."""
     return gm.meta.get("_checkpoint_context_fn")

@@ -17,6 +17,8 @@ from dropbp_fx.graph.branch import ResidualBranch
 _ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
 #: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's.
 _FRAME_ROOTS = frozenset({"self", "fn"})
+#: Where a module keeps what a graph input may be.
+_KIND = re.compile(r"\._(parameters|buffers)\b")
 _INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
@@ -173,6 +175,51 @@ def module_stack(node: fx.Node) -> list[tuple[str, str]]:
         if cleaned:
             entries.append((cleaned, getattr(kind, "__name__", str(kind))))
     return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class CalledModules:
+    """The modules that one call of a graph is about.
+
+    Attributes:
+        around: paths of the modules that make the call, from the outermost to the innermost.
+        operands: paths of what the graph is called with, ``None`` where an operand has none.
+    """
+
+    around: tuple[str, ...]
+    operands: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, call: fx.Node, sources: Sequence[str | None]) -> CalledModules:
+        """``sources`` are what Dynamo calls the operands."""
+        paths = [None if source is None else _clean(_KIND.sub("", source)) for source in sources]
+        return cls(tuple(path for path, _ in module_stack(call)), tuple(paths))
+
+    def place_in(self, other: CalledModules, path: str) -> str:
+        """Where the module of ``other`` is that has the place of the one at ``path``: the one whose parameters the graph
+        is called with there, or for one without the one at the same place below the caller.
+        """
+        found: set[str] = set()
+        for mine, its in zip(self.operands, other.operands, strict=True):
+            if mine is not None and its is not None and mine.startswith(f"{path}."):
+                rest = mine.removeprefix(path)
+                found.add(its.removesuffix(rest) if its.endswith(rest) else path)
+        if found:
+            return found.pop() if len(found) == 1 else path
+        for mine, its in zip(reversed(self.around), reversed(other.around), strict=False):
+            if path == mine or path.startswith(f"{mine}."):
+                return its + path.removeprefix(mine)
+        return path
+
+
+def rename_modules(node: fx.Node, traced: CalledModules, here: CalledModules) -> None:
+    """Let ``node`` belong to the modules of the call ``here`` of a graph, and not to those of the one that was traced."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        node.meta["nn_module_stack"] = {
+            key: (f"L['self'].{traced.place_in(here, _clean(str(path)))}", kind) if _clean(str(path)) else (path, kind)
+            for key, (path, kind) in stack.items()
+        }
 
 
 def _clean(path: str) -> str:
