@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -389,3 +390,29 @@ def test_a_function_asked_to_write_into_its_operand_does(inplace: bool, written:
     x = graph.placeholder("x")
     assert mutated_by(graph.call_function(F.dropout, (x, 0.5, True, inplace))) == [x] * written
     assert mutated_by(graph.call_function(F.relu, (x,), {"inplace": inplace})) == [x] * written
+
+
+def test_a_decorator_around_forward_leaves_branches_their_names() -> None:
+    """Dynamo then captures the decorator's frame, where the module is the first of ``args``."""
+
+    def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        @decorated
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x).relu()
+            return x
+
+    backend = dropbp_backend(inner="aot_eager")
+    torch.compile(Net(), backend=backend)(torch.ones(2, 8)).sum().backward()
+    assert [branch.name for branch in backend.branches] == ["blocks.0", "blocks.1"]

@@ -15,8 +15,9 @@ from dropbp_fx import _torch
 from dropbp_fx.graph.branch import ResidualBranch
 
 _ROOT = re.compile(r"^[LG]\[['\"](?P<root>\w+)['\"]\]")
-#: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's.
-_FRAME_ROOTS = frozenset({"self", "fn"})
+#: What Dynamo calls the compiled module: ``self`` in its own frame, ``fn`` around one of torch.nn's, the first of ``args``
+#: in that of a decorator around its forward.
+_COMPILED = re.compile(r"^[LG]\[['\"](self['\"]|fn['\"]|args['\"]\]\[0)\]")
 #: Where a module keeps what a graph input may be.
 _KIND = re.compile(r"\._(parameters|buffers)\b")
 _INDEX = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
@@ -224,11 +225,10 @@ def rename_modules(node: fx.Node, traced: CalledModules, here: CalledModules) ->
 
 def _clean(path: str) -> str:
     """``L['self'].model.layers[0].mlp`` -> ``model.layers.0.mlp``; any other root keeps its name."""
+    path = _COMPILED.sub("", path)
     match = _ROOT.match(path)
     if match is not None:
-        root, path = match["root"], path[match.end() :]
-        if root not in _FRAME_ROOTS:
-            path = f"{root}{path}"
+        path = f"{match['root']}{path[match.end() :]}"
     path = _INDEX.sub(r".\1", path)
     return _without_wrappers(path)
 
