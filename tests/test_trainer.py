@@ -343,6 +343,13 @@ def test_a_model_without_a_loss_needs_a_loss_function(tmp_path: Path) -> None:
     assert backend.sensitivity is not None
 
 
+def test_what_torch_compile_returned_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    backend = make()
+    model = torch.compile(seeded(Tiny), backend=backend)
+    with pytest.raises(ValueError, match=r"what torch\.compile\(model\) returned.* model\.compile\(backend=backend\)"):
+        Trainer(model, arguments(tmp_path), train_dataset=TRAIN, callbacks=[DropBPCallback(backend)])
+
+
 def test_the_trainers_own_compilation_is_refused(tmp_path: Path) -> None:
     """By name accelerate does not know the backend; with another one the model would be compiled past it."""
     with pytest.raises(ValueError, match="DROPBP"):

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dropbp_fx import _torch
 from dropbp_fx.backend import DropBPBackend
 from dropbp_fx.inspect import Explanation, explain
 from dropbp_fx.inspect.history import PatternHistory, record_patterns
@@ -136,8 +137,22 @@ class DropBPCallback(TrainerCallback):
 
     # ---- the Trainer's events --------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a Trainer that compiles the model itself."""
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a Trainer that compiles the model itself, or has what ``torch.compile(model)`` returned."""
+        if _torch.original_module(model) is not model:
+            raise ValueError(
+                "The Trainer's model is what torch.compile(model) returned. The Trainer would read its arguments off the "
+                "wrapper, find none of them in the data, and say that the batch is empty; checkpoints would name parameters "
+                "after the wrapper. Compile in place, model.compile(backend=backend), and hand the Trainer the model itself."
+            )
         if args.torch_compile:
             raise ValueError(
                 f"TrainingArguments(torch_compile=True, torch_compile_backend={args.torch_compile_backend!r}) makes the "
