@@ -330,7 +330,8 @@ def test_a_state_of_something_else_is_refused(state: dict[str, Any]) -> None:
 # ---- repr, equality, copies ------------------------------------------------------------------------------------------
 
 
-def test_the_repr_is_one_readable_block() -> None:
+def test_the_repr_is_one_readable_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiler, "cuda_graphs", False)  # which have a line of their own (pytest --graphs)
     backend = make_backend(0.25, granularity="layer", inner="aot_eager", seed=3)
     assert repr(backend).splitlines() == [
         "DropBPBackend",

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dropbp_fx import CudaGraphsWarning, DropBPBackend, _torch, dropbp_backend
+from dropbp_fx.runtime.compiler import Compiler
 from dropbp_fx.runtime.device_graphs import DeviceGraphs
 from dropbp_fx.runtime.fixed_memory import matched
 from dropbp_fx.runtime.placement import copy_into, observe
@@ -524,7 +525,8 @@ def test_the_backend_shows_what_was_recorded(warm: tuple[Residual, DropBPBackend
     assert re.search(rf"{recorded(backend)} recorded, which ran 9\d.\d% of the branches' forwards", shown), shown
 
 
-def test_nothing_is_shown_of_graphs_that_nobody_asked_for() -> None:
+def test_nothing_is_shown_of_graphs_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiler, "cuda_graphs", False)  # pytest --graphs asks for them everywhere
     backend = dropbp_backend(inner="aot_eager")
     loss_of(torch.compile(Residual(), backend=backend))
     assert "graphs on" not in repr(backend)
