@@ -17,6 +17,7 @@ from dropbp_fx.graph.inlining import inline_nested_regions
 from dropbp_fx.graph.values import example_value, storage_of
 from tests.helpers import compile_model
 from tests.oracle import assert_equal, assert_exact, compiled, eager
+from tests.selection import thorough
 
 X = torch.linspace(-2, 2, 8 * 16).reshape(8, 16)
 region = torch.compiler.nested_compile_region
@@ -211,7 +212,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [thorough(name) if name == "in two graphs" else name for name in MODELS])
 def test_whatever_is_a_region_gradients_are_those_of_the_detached_model(name: str) -> None:
     model = MODELS[name]()
     backend, run = compile_model(model, 0.0)
@@ -220,7 +221,7 @@ def test_whatever_is_a_region_gradients_are_those_of_the_detached_model(name: st
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("budget", [None, 0.3])
+@pytest.mark.parametrize("budget", [None, thorough(0.3)])
 def test_generated_code_reuses_nothing_that_a_region_saved(budget: float | None) -> None:
     for name in ("in branches", "in branches, saving outputs", "everywhere", "layers"):
         torch._dynamo.reset()
