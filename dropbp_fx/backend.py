@@ -91,9 +91,7 @@ class DropBPBackend:
 
     @property
     def policy(self) -> DropPolicy:
-        """What the backend was made to drop, and when, with a schedule that was set or loaded since; the rate that holds now
-        is :attr:`rate`.
-        """
+        """What is dropped and when, with a schedule set or loaded since; the rate that holds now is :attr:`rate`."""
         return self._config.policy
 
     @property

@@ -46,7 +46,7 @@ def all_reduce_present(group: dist.ProcessGroup | None, bucket: dist.GradBucket)
 
 
 def _present_runs(bucket: dist.GradBucket, buffer: Tensor) -> list[Tensor]:
-    """The stretches of the buffer that hold gradients; neighbours are one stretch."""
+    """The stretches of the buffer that hold gradients; adjacent ones are one stretch."""
     runs: list[tuple[int, int]] = []
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         if parameter.grad is None:

@@ -68,7 +68,7 @@ def sample_dropped(units: Sequence[Unit], rng: random.Random, *, keep_one: bool 
 
 
 def _fly(chances: list[float], flops: Sequence[float], members: Sequence[int], rng: random.Random) -> list[int]:
-    """Settle all but at most two of ``members`` without changing their expected number and FLOPs.
+    """Decide over all but at most two of ``members`` without changing their expected number and FLOPs.
 
     Three undecided units have one direction that changes neither, the cross product of (1, 1, 1) and their FLOPs. It is
     zero where the FLOPs are equal; then any two of the three may be moved against each other.
@@ -90,7 +90,7 @@ def _fly(chances: list[float], flops: Sequence[float], members: Sequence[int], r
 def _land(
     chances: list[float], flops: Sequence[float], trainable: list[int], others: list[int], rng: random.Random
 ) -> None:
-    """Settle the at most two undecided units of either kind: keep their FLOPs, then each kind's count, then the count."""
+    """Decide over the at most two units left of either kind: keep FLOPs, then each kind's count, then the count."""
     if len(trainable) == len(others) == 2:
         (a, b), (c, d) = trainable, others
         first, second = flops[a] - flops[b], flops[c] - flops[d]

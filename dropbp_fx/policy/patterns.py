@@ -196,7 +196,7 @@ def frequencies(pattern: Pattern, units: Sequence[Unit]) -> list[float]:
 
 
 def checked_sample(pattern: Pattern, units: Sequence[Unit], rng: random.Random, *, keep_one: bool) -> frozenset[int]:
-    """Draw from ``pattern`` and check what it returned.
+    """Sample from ``pattern`` and check what it returned.
 
     Args:
         pattern: what chooses the units.
